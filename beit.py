@@ -1,0 +1,393 @@
+"""The backbone (section 2.2) and the mask embedding e_[M] (section 2.3): a vision Transformer.
+
+    H_0 = [e_[S], E x^p_1, ..., E x^p_N] + E_pos        Beit.embed
+    H^l = Transformer(H^(l-1)),  l = 1, ..., L          Block
+    H^L = [h^L_[S], h^L_1, ..., h^L_N]                  Beit.forward
+
+One class for every size. Parameter names are those of the released weights. The heads are next to
+what they are for: pretrain.py (masked image modeling), finetune_cls.py, finetune_seg.py.
+
+Images are float tensors (B, 3, H, W), normalised. A mask is bool, True = masked.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+STD = 0.02  # of the truncated normal that initialises every matrix (appendix)
+
+
+@dataclass
+class BeitConfig:
+    """Shape of the backbone; the defaults are BEiT-base as released."""
+
+    image_size: int = 224  # H = W, pixels
+    patch_size: int = 16  # P, pixels
+    dim: int = 768  # D
+    depth: int = 12  # L
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    positions: str = "shared"  # "absolute": E_pos; "relative": one bias table per block; "shared": one for all
+    layer_scale: float = 0.1  # start of gamma_1 and gamma_2; 0: none
+    drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+        if self.dim % self.heads:
+            raise ValueError(f"width {self.dim} is not a multiple of the number of heads {self.heads}")
+        if self.positions not in ("absolute", "relative", "shared"):
+            raise ValueError(f"positions {self.positions!r} is none of 'absolute', 'relative', 'shared'")
+
+    @property
+    def grid(self):
+        """Patches along one side: h = w."""
+        return self.image_size // self.patch_size
+
+
+def init_weight(weight, cut=2.0):
+    """Normal with std 0.02, cut off at ±`cut`.
+
+    The authors cut at ±1 std (0.02) for pre-training, so that the real std is 0.0108, and at ±2.0 for
+    fine-tuning, which cuts nothing.
+    """
+    nn.init.trunc_normal_(weight, std=STD, a=-cut, b=cut)
+
+
+# ---------------------------------------------------------------- relative positions (released models)
+
+
+def relative_position_index(grid):
+    """(N+1, N+1) rows of the bias table, for e_[S] and the N = grid**2 patches.
+
+    Offset (dy, dx) between two patches has row (dy + grid-1) * (2 grid-1) + dx + grid-1. The last three
+    rows are e_[S] -> patch, patch -> e_[S] and e_[S] -> e_[S].
+    """
+    side = 2 * grid - 1
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    place = (y * side + x).flatten()  # the row of a difference is the difference of rows, plus a constant
+    index = torch.empty(grid**2 + 1, grid**2 + 1, dtype=torch.int64)
+    index[1:, 1:] = place[:, None] - place[None, :] + (grid - 1) * (side + 1)
+    index[0, 1:], index[1:, 0], index[0, 0] = side**2, side**2 + 1, side**2 + 2
+    return index
+
+
+def relative_table(config):
+    """A bias table, zero at the start: ((2h-1)(2w-1) + 3, heads)."""
+    return nn.Parameter(torch.zeros((2 * config.grid - 1) ** 2 + 3, config.heads))
+
+
+def relative_bias(table, index):
+    """Look up the bias of every pair: (rows, heads), (N+1, N+1) -> (heads, N+1, N+1)."""
+    return table[index.flatten()].T.reshape(-1, *index.shape)
+
+
+class SharedRelativePosition(nn.Module):
+    """The one table that all blocks share in pre-training."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.relative_position_bias_table = relative_table(config)
+
+
+# ---------------------------------------------------------------- Transformer block
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. q and v have a bias, k has none: softmax is blind to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.dim))
+        self.v_bias = nn.Parameter(torch.zeros(config.dim))
+        self.proj = nn.Linear(config.dim, config.dim)
+        if config.positions == "relative":
+            self.relative_position_bias_table = relative_table(config)
+
+    def project(self, x):
+        """(B, N+1, D) -> q, k, v, each (B, heads, N+1, D/heads)."""
+        B, tokens, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, tokens, 3, self.heads, D // self.heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def weights(self, q, k, bias):
+        """softmax(q k^T / sqrt(D/heads) + bias): (B, heads, N+1, N+1)."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(dim=-1)
+
+    def forward(self, x, bias):
+        """x (B, N+1, D), bias (heads, N+1, N+1) or None -> (B, N+1, D)."""
+        q, k, v = self.project(x)
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        if x.is_cuda:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:  # on CPUs the plain products are faster in bf16: SDPA's backward is slow there
+            out = self.weights(q, k, bias) @ v
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, N+1, D)
+
+
+class MLP(nn.Module):
+    """fc2(GELU(fc1(x)))."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def drop_path(branch, probability, training):
+    """Stochastic depth: drop a sample's whole residual branch, scale up the ones that stay."""
+    if probability == 0 or not training:
+        return branch
+    keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - probability)
+    return branch * keep / (1 - probability)
+
+
+class Block(nn.Module):
+    """Pre-LN Transformer block: x + gamma_1 Attention(LN(x)), then x + gamma_2 MLP(LN(x))."""
+
+    def __init__(self, config, drop_path_rate):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = MLP(config)
+        self.drop_path_rate = drop_path_rate
+        self.gamma_1 = self.gamma_2 = None  # LayerScale
+        if config.layer_scale > 0:
+            self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def residual(self, x, branch, gamma):
+        """x plus the branch, scaled by LayerScale and dropped by stochastic depth."""
+        branch = branch if gamma is None else gamma * branch
+        return x + drop_path(branch, self.drop_path_rate, self.training)
+
+    def forward(self, x, bias):
+        x = self.residual(x, self.attn(self.norm1(x), bias), self.gamma_1)
+        return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2)
+
+
+# ---------------------------------------------------------------- the backbone
+
+
+class PatchEmbed(nn.Module):
+    """E: a convolution whose stride is its kernel is a linear map of each flattened patch x^p_i."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, kernel_size=config.patch_size, stride=config.patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class Beit(nn.Module):
+    """The backbone. A subclass adds a head.
+
+    mask_embedding=True adds e_[M] and the initialisation for pre-training; fine-tuning sees whole
+    images, and DistributedDataParallel refuses a parameter without a gradient.
+    """
+
+    def __init__(self, config, mask_embedding=False):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))  # e_[S]
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if mask_embedding else None  # e_[M]
+        self.pos_embed = None
+        if config.positions == "absolute":
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.dim))  # E_pos, e_[S] first
+        else:
+            self.register_buffer("relative_position_index", relative_position_index(config.grid), persistent=False)
+        self.rel_pos_bias = SharedRelativePosition(config) if config.positions == "shared" else None
+        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.init_weights(cut=STD if mask_embedding else 2.0)
+
+    @torch.no_grad()
+    def init_weights(self, cut):
+        """Truncated normal matrices and embeddings, zero biases, depth-scaled output projections."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                init_weight(module.weight, cut)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.cls_token, self.mask_token, self.pos_embed):
+            if embedding is not None:
+                init_weight(embedding, cut)
+        for l, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * l))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * l))
+
+    def embed(self, x, mask=None):
+        """H_0 of the corrupted image x^M: (B, 3, H, W), mask (B, N) or None -> (B, N+1, D).
+
+        e_[M] takes the place of a masked patch's projection before E_pos is added; e_[S] is never masked.
+        Raises ValueError if the image is not of the configured size.
+        """
+        size = self.config.image_size
+        if x.shape[-2:] != (size, size):
+            raise ValueError(f"images are {x.shape[-2]}x{x.shape[-1]} pixels, the model was built for {size}x{size}")
+        H = self.patch_embed(x)
+        if mask is not None:
+            H = torch.where(mask[:, :, None], self.mask_token.to(H.dtype), H)
+        H = torch.cat([self.cls_token.expand(len(H), -1, -1), H], dim=1)  # (B, N+1, D)
+        return H if self.pos_embed is None else H + self.pos_embed
+
+    def biases(self):
+        """Yield each block's attention bias, (heads, N+1, N+1) or None; a shared one is looked up once."""
+        if self.rel_pos_bias is not None:
+            bias = relative_bias(self.rel_pos_bias.relative_position_bias_table, self.relative_position_index)
+        for block in self.blocks:
+            if self.config.positions == "relative":
+                bias = relative_bias(block.attn.relative_position_bias_table, self.relative_position_index)
+            yield None if self.config.positions == "absolute" else bias
+
+    def forward(self, x, mask=None):
+        """H^L, before the head's norm: (B, 3, H, W), mask (B, N) bool or None -> (B, N+1, D)."""
+        H = self.embed(x, mask)
+        for block, bias in zip(self.blocks, self.biases()):
+            H = block(H, bias)
+        return H
+
+    @torch.no_grad()
+    def last_attention(self, x):
+        """Attention weights of block L (figure 2): (B, 3, H, W) -> (B, heads, N+1, N+1)."""
+        H = self.embed(x)
+        *biases, last_bias = self.biases()
+        for block, bias in zip(self.blocks, biases):
+            H = block(H, bias)
+        last = self.blocks[-1]
+        q, k, _ = last.attn.project(last.norm1(H))
+        return last.attn.weights(q, k, last_bias)
+
+
+# ---------------------------------------------------------------- other resolutions
+
+
+def resize_pos_embed(pos_embed, grid):
+    """E_pos for another grid, bicubic: (1, 1 + n*n, D) -> (1, 1 + grid*grid, D)."""
+    old = math.isqrt(pos_embed.shape[1] - 1)
+    if old == grid:
+        return pos_embed
+    patches = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (old, old)).float()  # (1, D, old, old)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def geometric_offsets(old, new):
+    """Where the released code puts a table's 2*old-1 offsets on the new grid's scale: ±1, ±(1+q), ±(1+q+q²), ...
+
+    q is found by bisection so that the last one reaches new-1: near offsets keep their meaning, far
+    ones stretch. 14 -> 24 patches gives q 1.0903, 14 -> 32 gives 1.1349.
+    """
+    low, high = 0.1, 1.5
+    while high - low > 1e-9:
+        q = (low + high) / 2
+        low, high = (low, q) if np.sum(q ** np.arange(old - 1)) > new - 1 else (q, high)
+    positive = np.cumsum(q ** np.arange(old - 1))
+    return np.concatenate([-positive[::-1], [0.0], positive])
+
+
+def cubic_spline_matrix(x, x_new):
+    """(len(x_new), len(x)) matrix that evaluates the cubic spline through values at x, not-a-knot ends.
+
+    Built in the truncated-power basis 1, t, t², t³, (t - knot)³+ with knots at all but the two outermost
+    points of each end, which is what 'not a knot' means.
+    """
+
+    def basis(t):
+        powers = (t[:, None] / x[-1]) ** np.arange(4)
+        return np.hstack([powers, np.maximum(t[:, None] - x[None, 2:-2], 0) ** 3 / x[-1] ** 3])
+
+    return basis(x_new) @ np.linalg.inv(basis(x))
+
+
+def resize_relative_table(table, grid):
+    """A relative table for another grid: ((2n-1)² + 3, heads) -> ((2 grid - 1)² + 3, heads).
+
+    Cubic interpolation from geometric_offsets to unit spacing in both directions; the last three rows stay.
+    """
+    side = math.isqrt(table.shape[0] - 3)
+    old = (side + 1) // 2
+    if old == grid:
+        return table
+    S = cubic_spline_matrix(geometric_offsets(old, grid), np.arange(-(grid - 1), grid, dtype=np.float64))
+    S = torch.from_numpy(S)
+    square = table[:-3].double().T.unflatten(1, (side, side))  # (heads, side, side)
+    square = (S @ square @ S.T).flatten(1).T
+    return torch.cat([square.to(table.dtype), table[-3:]])
+
+
+def load_backbone(model, state):
+    """Copy a pre-trained or classification state dict into `model`, whatever its head and resolution.
+
+    What may differ is named here: heads and norms are the new model's own; e_[M] stays behind; a shared
+    relative table is copied into every block if the model has one per block; positions are interpolated.
+    Anything else that is missing, left over or of another shape raises ValueError with its name.
+    """
+    own = model.state_dict()
+    heads = ("lm_head.", "head.", "decoder.", "norm.", "fc_norm.", "mask_token")
+    state = {k: v for k, v in state.items() if not k.startswith(heads) and "relative_position_index" not in k}
+    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None and model.config.positions == "relative":
+        for l in range(model.config.depth):
+            state[f"blocks.{l}.attn.relative_position_bias_table"] = shared.clone()
+    elif shared is not None:
+        state["rel_pos_bias.relative_position_bias_table"] = shared
+    for key in state:
+        if key == "pos_embed":
+            state[key] = resize_pos_embed(state[key], model.config.grid)
+        elif key.endswith("relative_position_bias_table"):
+            state[key] = resize_relative_table(state[key], model.config.grid)
+    wanted = {k for k in own if not k.startswith(heads)}
+    problems = [f"missing {k}" for k in sorted(wanted - state.keys())]
+    problems += [f"unknown {k}" for k in sorted(state.keys() - wanted)]
+    problems += [
+        f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
+        for k in sorted(wanted & state.keys())
+        if state[k].shape != own[k].shape
+    ]
+    if problems:
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}")
+    model.load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------- layer-wise learning-rate decay (appendix)
+
+
+def layer_of(name, depth):
+    """Which layer a parameter belongs to: 0 embeddings, l for block l (from 1), depth + 1 for the rest."""
+    if name.startswith(("patch_embed.", "cls_token", "mask_token", "pos_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1  # head, final norm, shared relative table
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """AdamW groups with `lr_scale` = d^(L+1-l) for layer l, and no decay for vectors, E_pos and e_[S].
+
+    e_[M] and the relative tables are decayed, as in the released code.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        layer = layer_of(name, model.config.depth)
+        decayed = parameter.ndim > 1 and name not in ("pos_embed", "cls_token")
+        scale = layer_decay ** (model.config.depth + 1 - layer)
+        new = {"params": [], "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
+        groups.setdefault((layer, decayed), new)["params"].append(parameter)
+    return list(groups.values())

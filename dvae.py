@@ -1,0 +1,300 @@
+"""Visual tokens (section 2.1): the discrete VAE whose encoder is BEiT's image tokenizer.
+
+    x in (0,1)^(3 x H x W)  --q_phi(z|x)-->  z in V^(h x w)  --p_psi(x|z)-->  x again
+
+The networks are DALL-E's (Ramesh et al. 2021, appendix A): convolutional residual networks that
+downsample by 2 between groups, so `groups` 2, 3 or 4 give an h x w grid 2, 4 or 8 times coarser
+than the image. Two ways through the discrete bottleneck:
+
+    quantizer="gumbel"  Gumbel-softmax relaxation, temperature tau, KL to the uniform prior.
+    quantizer="vq"      VQ-VAE (van den Oord et al. 2017): nearest code, straight-through gradient.
+
+Images are float tensors (B, 3, H, W) in [0, 1]; tokens are int64 (B, h, w) in [0, |V|).
+Train it with train_tokenizer.py.
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+EPSILON = 0.1  # map_pixels keeps pixels this far (as a share) from 0 and 1, where logit(x) is infinite
+
+
+@dataclass
+class DVAEConfig:
+    """Shape of the dVAE; the defaults are DALL-E's published tokenizer."""
+
+    vocab_size: int = 8192  # |V|
+    hidden: int = 256  # width of the first group; group g is 2**(g-1) times as wide
+    groups: int = 4  # downsampling factor 2**(groups-1)
+    blocks_per_group: int = 2
+    code_dim: int = 128  # width of the decoder's embedding of a code (and of VQ-VAE's codebook)
+    quantizer: str = "gumbel"  # or "vq"
+    likelihood: str = "logit-laplace"  # or "mse"
+    normalise_logits: bool = False  # small tokenizers only: see DVAE
+
+    def __post_init__(self):
+        if self.quantizer not in ("gumbel", "vq"):
+            raise ValueError(f"quantizer {self.quantizer!r} is neither 'gumbel' nor 'vq'")
+        if self.likelihood not in ("logit-laplace", "mse"):
+            raise ValueError(f"likelihood {self.likelihood!r} is neither 'logit-laplace' nor 'mse'")
+        if not 2 <= self.groups <= 4:
+            raise ValueError(f"groups {self.groups} must be 2, 3 or 4 (downsampling by 2, 4 or 8)")
+        if self.hidden % 4:
+            raise ValueError(f"hidden {self.hidden} must be a multiple of 4: the bottleneck is a quarter")
+
+    @property
+    def downsampling(self):
+        """Image pixels per token along each side."""
+        return 2 ** (self.groups - 1)
+
+
+# ---------------------------------------------------------------- pixels and their likelihood
+
+
+def map_pixels(x):
+    """[0, 1] -> [eps, 1 - eps], the range on which the logit-Laplace density is well behaved."""
+    return (1 - 2 * EPSILON) * x + EPSILON
+
+
+def unmap_pixels(x):
+    """Inverse of map_pixels, clipped to [0, 1]."""
+    return ((x - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+
+
+def logit_laplace_nll(x, mu, ln_b):
+    """-log f(x | mu, b) per pixel value, f = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)), x in (0, 1)."""
+    return (torch.logit(x) - mu).abs() * torch.exp(-ln_b) + ln_b + math.log(2) + torch.log(x * (1 - x))
+
+
+# ---------------------------------------------------------------- the two networks
+
+
+def conv(n_in, n_out, kernel):
+    """A same-size convolution, initialised as DALL-E's: N(0, 1/fan_in), bias 0."""
+    layer = nn.Conv2d(n_in, n_out, kernel, padding=(kernel - 1) // 2)
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(n_in * kernel**2))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """x + 1/layers**2 * bottleneck(x), a ReLU before each of four convolutions.
+
+    The encoder's kernels are (3, 3, 3, 1), the decoder's mirror them: (1, 3, 3, 3).
+    """
+
+    def __init__(self, n_in, n_out, kernels, layers):
+        super().__init__()
+        n_hidden = n_out // 4
+        widths = [n_in, n_hidden, n_hidden, n_hidden, n_out]
+        self.id_path = nn.Identity() if n_in == n_out else conv(n_in, n_out, 1)
+        parts = OrderedDict()
+        for i, kernel in enumerate(kernels, start=1):
+            parts[f"relu_{i}"] = nn.ReLU()
+            parts[f"conv_{i}"] = conv(widths[i - 1], widths[i], kernel)
+        self.res_path = nn.Sequential(parts)
+        self.post_gain = 1 / layers**2
+
+    def forward(self, x):
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+def residual_groups(widths, kernels, blocks, resize):
+    """The groups between a network's first and last convolution, `resize` between two groups."""
+    groups = OrderedDict()
+    for g, (n_in, n_out) in enumerate(zip(widths, widths[1:]), start=1):
+        parts = OrderedDict()
+        for b in range(1, blocks + 1):
+            layers = (len(widths) - 1) * blocks
+            parts[f"block_{b}"] = ResidualBlock(n_in if b == 1 else n_out, n_out, kernels, layers)
+        if g < len(widths) - 1:
+            parts["resize"] = resize
+        groups[f"group_{g}"] = nn.Sequential(parts)
+    return groups
+
+
+class Encoder(nn.Module):
+    """q_phi(z|x): (B, 3, H, W) mapped pixels -> (B, n_out, h, w); n_out = |V| logits, or VQ's code_dim."""
+
+    def __init__(self, config, n_out):
+        super().__init__()
+        widths = [config.hidden] + [config.hidden * 2**g for g in range(config.groups)]
+        groups = residual_groups(widths, (3, 3, 3, 1), config.blocks_per_group, nn.MaxPool2d(2))
+        output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], n_out, 1)))
+        self.blocks = nn.Sequential(OrderedDict(input=conv(3, widths[0], 7), **groups, output=output))
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """p_psi(x|z): (B, n_in, h, w) codes, one-hot or relaxed -> (B, 6, H, W): mu and ln b for R, G, B."""
+
+    def __init__(self, config, n_in):
+        super().__init__()
+        widths = [config.code_dim] + [config.hidden * 2**g for g in reversed(range(config.groups))]
+        groups = residual_groups(widths, (1, 3, 3, 3), config.blocks_per_group, nn.Upsample(scale_factor=2))
+        output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], 6, 1)))
+        # Its weight column k is the embedding of code k: on a one-hot input it is a table look-up.
+        self.blocks = nn.Sequential(OrderedDict(input=conv(n_in, widths[0], 1), **groups, output=output))
+
+    def forward(self, z):
+        return self.blocks(z)
+
+
+# ---------------------------------------------------------------- Gumbel-softmax
+
+
+def gumbel_softmax(logits, tau):
+    """A relaxed sample of z ~ softmax(logits) over the last dimension: softmax((logits + g) / tau).
+
+    g = -log(e), e ~ Exp(1), is Gumbel noise: argmax(logits + g) is an exact sample, and the softmax tends to its
+    one-hot vector as tau falls to 0.
+    """
+    exponential = torch.empty_like(logits).exponential_()
+    return torch.softmax((logits - exponential.clamp_min(1e-30).log()) / tau, dim=-1)
+
+
+def kl_to_uniform(logits):
+    """KL(q || uniform) = log|V| - entropy(q), in nats, of q = softmax(logits) over the last dimension; >= 0."""
+    log_q = torch.log_softmax(logits, dim=-1)
+    return math.log(logits.shape[-1]) + (log_q.exp() * log_q).sum(-1)
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+class DVAE(nn.Module):
+    """Encoder q_phi, discrete bottleneck, decoder p_psi. `loss` trains it, `tokens` is BEiT's tokenizer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        vq = config.quantizer == "vq"
+        self.encoder = Encoder(config, config.code_dim if vq else config.vocab_size)
+        self.decoder = Decoder(config, config.code_dim if vq else config.vocab_size)
+        if vq:
+            self.codebook = nn.Parameter(torch.randn(config.vocab_size, config.code_dim))
+            self.register_buffer("usage", torch.zeros(config.vocab_size))
+        elif config.normalise_logits:
+            # Not in the paper. At small scale a few codes soon win everywhere, because the logits' offset per
+            # code outweighs what differs between places. Standardising each code's logit over the batch
+            # removes that offset; the learned scale then decides how sharp q is.
+            self.logit_norm = nn.BatchNorm2d(config.vocab_size, affine=False)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))
+        # Variance of the Gaussian that mean squared error stands for: running mean of the training error.
+        self.register_buffer("pixel_variance", torch.tensor(1.0))
+
+    def encode(self, x):
+        """Images (B, 3, H, W) in [0, 1] -> logits (B, h, w, |V|) of q_phi(z|x); VQ: z_e(x), (B, h, w, code_dim).
+
+        float32 whatever autocast is on: softmax and argmax over thousands of codes want it.
+        """
+        y = self.encoder(map_pixels(x)).float()
+        if self.config.normalise_logits:
+            y = self.logit_norm(y) * self.logit_scale.exp()
+        return y.permute(0, 2, 3, 1)
+
+    def code_distance(self, z_e):
+        """Squared Euclidean distance of (..., code_dim) to every code, up to |z_e|²: (..., |V|)."""
+        return self.codebook.pow(2).sum(1) - 2 * z_e @ self.codebook.T
+
+    @torch.no_grad()
+    def tokens(self, x):
+        """z: the likeliest code of every place, without noise; VQ: the nearest. (B, 3, H, W) -> int64 (B, h, w)."""
+        y = self.encode(x)
+        return self.code_distance(y).argmin(-1) if self.config.quantizer == "vq" else y.argmax(-1)
+
+    def decode_codes(self, codes):
+        """Codes, channels last (B, h, w, n) -> mu and ln b, each (B, 3, H, W)."""
+        return self.decoder(codes.permute(0, 3, 1, 2)).float().chunk(2, dim=1)
+
+    def decode_parameters(self, z):
+        """p_psi(x|z) of hard tokens int64 (B, h, w): mu and ln b, each (B, 3, H, W)."""
+        if self.config.quantizer == "vq":
+            return self.decode_codes(self.codebook[z])
+        return self.decode_codes(F.one_hot(z, self.config.vocab_size).float())
+
+    def decode(self, z):
+        """Reconstruction from hard tokens: int64 (B, h, w) -> images (B, 3, H, W) in [0, 1]."""
+        mu, _ = self.decode_parameters(z)
+        return unmap_pixels(torch.sigmoid(mu))
+
+    def negative_log_likelihood(self, x, mu, ln_b):
+        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,). A density over [0, 1]^(3HW)."""
+        if self.config.likelihood == "mse":
+            squared = (x - self.mean(mu)).pow(2)
+            nll = squared / (2 * self.pixel_variance) + (2 * math.pi * self.pixel_variance).log() / 2
+        else:  # change of variables from map_pixels(x) back to x
+            nll = logit_laplace_nll(map_pixels(x), mu, ln_b) - math.log(1 - 2 * EPSILON)
+        return nll.flatten(1).sum(1)
+
+    def mean(self, mu):
+        """Predicted pixels before clipping: the inverse of map_pixels on sigmoid(mu)."""
+        return (torch.sigmoid(mu) - EPSILON) / (1 - 2 * EPSILON)
+
+    def loss(self, x, tau, beta):
+        """Stage 1's objective on images (B, 3, H, W) in [0, 1]: (loss, its terms).
+
+        The bound of the VAE with the KL weighted by beta, in sums over one image that are both divided by
+        the number of its pixel values 3HW: averaging one of them over something else makes the codebook
+        collapse or blur. Terms: `reconstruction` (nats or squared error per pixel value) and, for Gumbel-softmax,
+        `kl` (nats per token); for VQ `codebook` (squared distance).
+        """
+        values = x[0].numel()  # 3HW
+        y = self.encode(x)
+        if self.config.quantizer == "vq":
+            codes, z_q = self.straight_through(y)
+            # Codes move to the encoder's outputs, and with a quarter of that pull outputs commit to codes.
+            gap = (z_q - y.detach()).pow(2).mean() + 0.25 * (z_q.detach() - y).pow(2).mean()
+            extra, terms = gap, {"codebook": gap.detach()}
+        else:
+            codes = gumbel_softmax(y, tau)
+            kl = kl_to_uniform(y)  # of q itself, not of the noisy sample: (B, h, w)
+            extra, terms = beta * kl.sum((1, 2)).mean() / values, {"kl": kl.detach().mean()}
+        mu, ln_b = self.decode_codes(codes)
+        squared_error = (x - self.mean(mu)).pow(2).mean()
+        if self.training:
+            self.pixel_variance.lerp_(squared_error.detach(), 0.02)
+        if self.config.likelihood == "mse":
+            reconstruction = squared_error
+        else:
+            reconstruction = self.negative_log_likelihood(x, mu, ln_b).mean() / values
+        return reconstruction + extra, {"reconstruction": reconstruction.detach(), **terms}
+
+    def forward(self, x, tau, beta):
+        """The loss, under the name that DistributedDataParallel and torch.compile call."""
+        return self.loss(x, tau, beta)
+
+    # VQ-VAE only
+
+    def straight_through(self, z_e):
+        """(codes for the decoder: value of z_q, gradient to z_e; z_q), both (B, h, w, code_dim)."""
+        z = self.code_distance(z_e.detach()).argmin(-1)
+        if self.training:
+            self.usage.mul_(0.99).scatter_add_(0, z.flatten(), torch.ones_like(z.flatten(), dtype=torch.float32))
+        z_q = self.codebook[z]
+        return z_e + (z_q - z_e).detach(), z_q
+
+    @torch.no_grad()
+    def revive_codes(self, x):
+        """Put codes that nothing uses on random encoder outputs of this batch: VQ's cure for index collapse.
+
+        At the first call no code has been used, so it is also the data-driven initialisation.
+        """
+        z_e = self.encode(x).flatten(0, 2)
+        dead = (self.usage < 0.1).nonzero()[:, 0]
+        self.codebook[dead] = z_e[torch.randint(len(z_e), (len(dead),), device=z_e.device)]
+        self.usage[dead] = 1.0
+
+
+def load_tokenizer(state):
+    """The tokenizer of a train_tokenizer.py checkpoint: averaged weights where there are any, frozen."""
+    model = DVAE(DVAEConfig(**state["config"]))
+    model.load_state_dict(state.get("average", state["model"]))
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,109 @@
+"""Which patches to mask: Algorithm 1 (section 2.3), as released and as printed, and random masking.
+
+Every function takes a `random.Random`, so a mask is a function of a seed, and returns a bool array
+(h, w), True = masked. `python masking.py` prints the statistics and the speed of each on the paper's
+14 x 14 grid.
+"""
+
+import math
+import random
+import time
+
+import numpy as np
+
+ASPECT = (0.3, 1 / 0.3)  # range of a block's aspect ratio r
+TRIES = 10  # draws of a block before the released generator gives up
+
+
+def target(h, w, ratio):
+    """Number of patches to mask, at most for blocks: 75/196 gives the released 75 on 14 x 14.
+
+    Raises ValueError if the ratio is outside (0, 1) or masks no patch or every patch.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask ratio {ratio} is outside (0, 1)")
+    count = round(ratio * h * w)
+    if not 0 < count < h * w:
+        raise ValueError(f"mask ratio {ratio} masks {count} of the {h}x{w} patches: choose another")
+    return count
+
+
+def blockwise_mask(rng, h, w, count, min_block=16):
+    """Algorithm 1 as the authors released it: never more than `count` patches, and sometimes fewer.
+
+    Differs from the printed algorithm in this: the aspect ratio r is log-uniform (so that tall and wide
+    are equally likely), the sides are rounded, and a block counts only if it is smaller than the grid in
+    both directions and adds at least one and at most the remaining number of patches. If ten draws in
+    a row do not, the mask stays short of `count`.
+    """
+    mask = np.zeros((h, w), dtype=bool)
+    log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
+    uniform, masked = rng.random, 0
+    tries = 0
+    while masked < count and tries < TRIES:
+        tries += 1
+        s = min_block + (count - masked - min_block) * uniform()  # block size; the range may run downwards
+        r = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * uniform())
+        a, b = round(math.sqrt(s * r)), round(math.sqrt(s / r))
+        if a >= h or b >= w:
+            continue
+        t, l = int((h - a + 1) * uniform()), int((w - b + 1) * uniform())
+        block = mask[t : t + a, l : l + b]
+        new = a * b - np.count_nonzero(block)
+        if 0 < new <= count - masked:
+            block[...] = True
+            masked, tries = masked + new, 0
+    return mask
+
+
+def printed_mask(rng, h, w, ratio=0.4, min_block=16):
+    """Algorithm 1 line by line, real-valued sides and corners included: it may overshoot ratio * N.
+
+    Two things the paper leaves open: near the end Rand(16, 0.4N - |M|) is an empty range, taken to run
+    downwards; and a side longer than the grid is cut to it.
+    """
+    N = h * w
+    mask = np.zeros((h, w), dtype=bool)  # M <- {}
+    while True:  # repeat
+        s = rng.uniform(min_block, ratio * N - mask.sum())  # block size
+        r = rng.uniform(*ASPECT)  # aspect ratio of block
+        a, b = min(math.sqrt(s * r), h), min(math.sqrt(s / r), w)
+        t, l = rng.uniform(0, h - a), rng.uniform(0, w - b)
+        mask[math.ceil(t) : math.ceil(t + a), math.ceil(l) : math.ceil(l + b)] = True  # i in [t, t+a), j in [l, l+b)
+        if mask.sum() > ratio * N:  # until |M| > 0.4 N
+            return mask
+
+
+def random_mask(rng, h, w, count):
+    """Table 4, "- blockwise masking": exactly `count` patches, uniformly."""
+    mask = np.zeros(h * w, dtype=bool)
+    mask[rng.sample(range(h * w), count)] = True
+    return mask.reshape(h, w)
+
+
+def make_mask(kind, rng, grid, ratio, min_block):
+    """The mask that pretrain.py's --masking names: blockwise, printed or random. Raises ValueError on others."""
+    if kind == "blockwise":
+        return blockwise_mask(rng, grid, grid, target(grid, grid, ratio), min_block)
+    if kind == "printed":
+        target(grid, grid, ratio)  # checks the ratio
+        return printed_mask(rng, grid, grid, ratio, min_block)
+    if kind == "random":
+        return random_mask(rng, grid, grid, target(grid, grid, ratio))
+    raise ValueError(f"masking {kind!r} is none of 'blockwise', 'printed', 'random'")
+
+
+def main(draws=20_000):
+    for kind, ratio in (("blockwise", 75 / 196), ("printed", 0.4), ("random", 75 / 196)):
+        rng = random.Random(0)
+        start = time.perf_counter()
+        sizes = np.array([make_mask(kind, rng, 14, ratio, 16).sum() for _ in range(draws)])
+        rate = draws / (time.perf_counter() - start)
+        print(
+            f"{kind:10s} mean {sizes.mean():.2f}  min {sizes.min()}  max {sizes.max()}"
+            f"  exactly 75: {np.mean(sizes == 75):.1%}  {rate:,.0f} masks/s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""What the four training scripts share and the paper does not name.
+
+Command lines from recipe tables, torchrun set-up, mixed precision, learning-rate schedules, checkpoints,
+logs and PNG pictures. No component of the paper and no training loop is in here.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import struct
+import sys
+import time
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+COLUMNS = ("demo", "fashion", "base", "large")
+
+
+# ---------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with exit status 2, and which takes no abbreviated options."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (options: {self.prog} --help)\n")
+
+
+def recipe_parser(description, recipes):
+    """A parser with one flag per row of a recipe table {name: (demo, fashion, base, large, help)}.
+
+    The flag's type is that of the row's values; float if any of them is. None means "must be given".
+    """
+    parser = Parser(description)
+    group = parser.add_argument_group("recipe", "default: the column that --recipe names")
+    parser.add_argument("--recipe", default="demo", help=f"column of the recipe table: {', '.join(COLUMNS)}")
+    for name, (*values, help_text) in recipes.items():
+        kinds = {type(v) for v in values if v is not None}
+        flag = "--" + name.replace("_", "-")
+        shown = f"{help_text} [{', '.join(str(v) for v in values)}]".replace("%", "%%")
+        if kinds == {bool}:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            kind = float if float in kinds else kinds.pop()
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=shown)
+    group = parser.add_argument_group("run")
+    group.add_argument("--data-dir", help="where the data set's own files are, or are downloaded to")
+    group.add_argument("--out", required=True, help="new folder for checkpoint.pt, metrics.jsonl and pictures")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group.add_argument("--seed", type=int, default=0, help="of initialisation, order, crops, masks and noise")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="autocast precision")
+    group.add_argument("--accumulate", type=int, default=1, help="split each process's batch into so many passes")
+    group.add_argument("--workers", type=int, default=0, help="loader processes; raise it to decode image files")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
+    group.add_argument("--log-every", type=int, default=20, help="steps between lines of the log")
+    return parser
+
+
+def parse_recipe(parser, recipes, argv=None):
+    """Parse, then fill what was not given from the recipe's column. Exits with status 2 on bad input."""
+    args = parser.parse_args(argv)
+    if args.recipe not in COLUMNS:
+        parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
+    for name, row in recipes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, row[COLUMNS.index(args.recipe)])
+        if getattr(args, name) is None:
+            parser.error(f"recipe {args.recipe!r} needs --{name.replace('_', '-')}: {row[-1]}")
+    return args
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Report bad input (ValueError, OSError) in one line with exit status 2; `python -X dev` shows where.
+
+    An error that came through a loader process carries that process's traceback; its last line is the error.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- processes, devices, precision
+
+
+def setup(device):
+    """Join torchrun's process group if there is one; return (device, rank, number of processes).
+
+    gloo on CPUs, nccl on GPUs. Raises ValueError for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is none of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no GPU: use --device cpu")
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        return torch.device(device), dist.get_rank(), dist.get_world_size()
+    return torch.device(device), 0, 1
+
+
+def rank_batch(batch_size, accumulate, world):
+    """Images per process and step, given the paper's global batch. Raises ValueError if it does not divide."""
+    if accumulate < 1 or batch_size < 1 or batch_size % (world * accumulate):
+        raise ValueError(
+            f"batch size {batch_size} does not divide into {world} processes x {accumulate} accumulation passes"
+        )
+    return batch_size // world
+
+
+def precision(amp, device):
+    """(autocast context factory, GradScaler) for --amp; both do nothing where they are not needed.
+
+    auto is bf16 where the device computes in it: GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        amp = "bf16" if fast else "off"
+    dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=amp != "off"), scaler
+
+
+def wrap(model, device, compile_model):
+    """(what to call in the loop: compiled and in DistributedDataParallel as asked)."""
+    wrapped = torch.compile(model) if compile_model else model
+    if dist.is_initialized():
+        ids = [device.index if device.index is not None else torch.cuda.current_device()]
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids if device.type == "cuda" else None)
+    return wrapped
+
+
+def sync_only_if(model, last):
+    """Gradients of accumulation passes stay local until the `last` one: DDP's all-reduce runs once a step."""
+    return contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync()
+
+
+def all_sum(tensor):
+    """Sum over all processes, in place; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(*tensors):
+    """Give every process the first one's values, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
+
+
+def seed_for(*key):
+    """A 63-bit seed from any numbers: randomness that depends on (seed, step, ...), not on history."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ---------------------------------------------------------------- schedules: pure functions of the step
+
+
+def cosine(step, steps, start, end):
+    """From `start` at step 0 to `end` at `steps`, along half a cosine; `end` after that."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
+
+
+def ramp(step, steps, end):
+    """Linear from 0 at step 0 to `end` at `steps`; `end` after that."""
+    return end * min(step / steps, 1) if steps > 0 else end
+
+
+def warmup_cosine(step, steps, warmup, peak, final):
+    """Learning rate: linear to `peak` over `warmup` steps, then half a cosine to `final` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(step - warmup, steps - warmup, peak, final)
+
+
+def warmup_linear(step, steps, warmup, peak):
+    """Learning rate: linear to `peak` over `warmup` steps, then linear to 0 (segmentation)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (steps - step) / (steps - warmup)
+
+
+# ---------------------------------------------------------------- output folder, checkpoints
+
+
+def open_output(out, resume, rank):
+    """Create OUT; refuse a non-empty one without --resume, and --resume without a checkpoint in it."""
+    out = Path(out)
+    if resume and not (out / "checkpoint.pt").is_file():
+        raise ValueError(f"--resume: there is no checkpoint.pt in {out}")
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not an empty folder: choose a new one, or --resume to continue it")
+    if dist.is_initialized():
+        dist.barrier()  # every process has looked before the first one writes
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
+    """Write OUT/checkpoint.pt: configuration, weights and all that --resume needs, after `step` steps.
+
+    To a temporary file first, then renamed: a reader never sees half a checkpoint.
+    """
+    state = {"kind": kind, "config": asdict(model.config), "model": model.state_dict(), **more}
+    state |= {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state |= {"arguments": vars(args), "torch": torch.__version__}
+    torch.save(state, out / "checkpoint.tmp")
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+
+
+FREE_TO_CHANGE = {"resume", "out", "data_dir", "device", "workers", "compile", "log_every", "save_every", "accumulate"}
+
+
+def resume_checkpoint(out, kind, args, model, optimizer, scaler):
+    """Load OUT/checkpoint.pt into model, optimizer and scaler; return the checkpoint.
+
+    Raises ValueError naming a setting that differs from the interrupted run's, except those that change
+    no result.
+    """
+    state = load_checkpoint(out / "checkpoint.pt", kind)
+    for name, value in vars(args).items():
+        if name not in FREE_TO_CHANGE and state["arguments"][name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--resume: {flag} is {value}, but {out} was begun with {state['arguments'][name]}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state
+
+
+def load_checkpoint(path, *kinds):
+    """Read one of our checkpoints without running code in it. Raises ValueError unless its kind is in `kinds`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for damaged and foreign files
+        raise ValueError(f"{path} is not a whole checkpoint of these scripts: {type(error).__name__}") from error
+    missing = {"kind", "config", "model"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of these scripts: it has no {', '.join(sorted(missing))}")
+    if state["kind"] not in kinds:
+        raise ValueError(f"{path} is a {state['kind']} checkpoint; this needs one of: {', '.join(kinds)}")
+    return state
+
+
+# ---------------------------------------------------------------- log
+
+
+class Log:
+    """OUT/metrics.jsonl, and progress on stdout: one line that updates on a terminal, plain lines elsewhere."""
+
+    def __init__(self, out, rank, steps, first_step=0):
+        self.steps, self.rank = steps, rank
+        self.file = open(out / "metrics.jsonl", "a") if rank == 0 else None
+        self.start, self.first_step = time.time(), first_step
+        self.terminal = sys.stdout.isatty()
+
+    def write(self, **record):
+        """One JSON object on a line of its own."""
+        if self.rank == 0:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def step(self, step, images, **values):
+        """Log `values` after `step` steps, with images a second since the start and the time left."""
+        if self.rank:
+            return
+        elapsed = time.time() - self.start
+        done = step - self.first_step
+        rate, left = images * done / elapsed, elapsed / done * (self.steps - step)
+        self.write(step=step, **values, images_per_second=round(rate, 1), seconds=round(elapsed, 1))
+        text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        line = f"step {step}/{self.steps}  {text}  {rate:.0f} images/s  {left // 60:.0f}m{left % 60:02.0f}s left"
+        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+
+    def say(self, text):
+        """A line that stays."""
+        if self.rank == 0:
+            print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+
+    def final(self, **values):
+        """The script's result: the last line of metrics.jsonl, and on stdout."""
+        self.write(final=True, **values)
+        self.say("  ".join(f"{k} {v:.5g}" for k, v in values.items()))
+
+
+def read_metrics(out):
+    """All records of OUT/metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def write_png(path, pixels):
+    """Write uint8 (H, W, 3) as a PNG: signature, header, zlib-compressed rows with filter byte 0, end."""
+    height, width, _ = pixels.shape
+    rows = np.zeros((height, 1 + width * 3), np.uint8)
+    rows[:, 1:] = pixels.reshape(height, -1)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)), chunk(b"IEND", b"")
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def picture(path, rows, side=96, gap=2):
+    """A PNG of rows of images, float tensors (B, 3, H, W) in [0, 1], each enlarged to about `side` pixels."""
+    scale = max(1, round(side / rows[0].shape[-1]))
+    lines = []
+    for row in rows:
+        row = (row.float().clamp(0, 1) * 255).round().byte().cpu().numpy().transpose(0, 2, 3, 1)
+        row = row.repeat(scale, axis=1).repeat(scale, axis=2)
+        row = np.pad(row, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+        lines.append(np.concatenate(list(row), axis=1))
+    write_png(path, np.concatenate(lines, axis=0))
+
+
+def curve(path, values, width=640, height=240, margin=8):
+    """A PNG line plot of `values` over their index; grey lines mark the range's quarters."""
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    values = np.asarray(values, np.float64)
+    for quarter in range(5):
+        canvas[margin + round(quarter / 4 * (height - 2 * margin - 1)), margin:-margin] = 220
+    if len(values) > 1:
+        low, high = values.min(), values.max()
+        x = np.linspace(0, len(values) - 1, width - 2 * margin)
+        y = (high - np.interp(x, np.arange(len(values)), values)) / max(high - low, 1e-12)
+        rows = margin + np.round(y * (height - 2 * margin - 1)).astype(int)
+        for column, (row, before) in enumerate(zip(rows, np.concatenate([rows[:1], rows[:-1]])), start=margin):
+            canvas[min(row, before) : max(row, before) + 2, column] = (31, 119, 180)
+    write_png(path, canvas)
