@@ -517,18 +517,22 @@ class Crops(Dataset):
 # ---------------------------------------------------------------- batches
 
 
+def steps_per_epoch(size, batch_size):
+    """Whole global batches in an epoch. Raises ValueError if there is not even one."""
+    if size < batch_size:
+        raise ValueError(f"{size} training images are fewer than the batch size {batch_size}: lower --batch-size")
+    return size // batch_size
+
+
 class StepBatches(Sampler):
     """This process's keys (epoch, index) for each step in range(first, last): the order is a function of the step.
 
     DistributedSampler shuffles an epoch by (seed, epoch) and deals it to the processes in turn, so the global
     batch of a step holds the same samples for any number of processes. A last part batch is dropped.
-    Raises ValueError if there are fewer images than one global batch.
     """
 
     def __init__(self, size, batch, rank, world, seed, first, last):
-        self.steps_per_epoch = size // (batch * world)
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"{size} training images are fewer than the batch size {batch * world}")
+        self.steps_per_epoch = steps_per_epoch(size, batch * world)
         self.batch, self.first, self.last = batch, first, last
         self.sampler = DistributedSampler(range(size), world, rank, seed=seed, drop_last=True)
 
@@ -571,9 +575,16 @@ def to_float(images, device):
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def normalise(images):
-    """[0, 1] -> [-1, 1], mean and std 0.5: the range the patches want."""
-    return images * 2 - 1
+STATISTICS = {  # mean and std of R, G, B
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def normalise(images, statistics):
+    """Images in [0, 1] -> standardised by the named statistics, the range the patches want."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in STATISTICS[statistics])
+    return (images - mean) / std
 
 
 # ---------------------------------------------------------------- python data.py: convert once

@@ -32,11 +32,11 @@ RECIPES = {
     "normalise_logits": (True, True, False, False, "keep a small codebook from collapsing; not in the paper"),
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
     "tau": (1 / 16, 1 / 16, 1 / 16, 1 / 16, "final temperature of the Gumbel-softmax, from 1, cosine"),
-    "tau_steps": (300, 500, 150_000, 150_000, "steps until the final temperature"),
-    "beta": (1e-3, 1e-3, 6.6, 6.6, "final weight of the KL; in units of 1 / squared error with mse"),
-    "beta_steps": (100, 200, 5000, 5000, "steps until the final KL weight"),
+    "tau_steps": (300, 450, 150_000, 150_000, "steps until the final temperature"),
+    "beta": (1e-2, 1e-2, 6.6, 6.6, "final weight of the KL; in units of 1 / squared error with mse"),
+    "beta_steps": (0, 0, 5000, 5000, "steps until the final KL weight"),
     # optimisation
-    "steps": (600, 1000, 3_000_000, 3_000_000, "optimisation steps"),
+    "steps": (600, 900, 3_000_000, 3_000_000, "optimisation steps"),
     "batch_size": (64, 64, 512, 512, "images per step, all processes together"),
     "lr": (4e-3, 4e-3, 1e-4, 1e-4, "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-4, 1e-4, 1.25e-6, 1.25e-6, "final learning rate"),
@@ -46,6 +46,7 @@ RECIPES = {
     "eval_images": (1000, 5000, 5000, 5000, "held-out images to evaluate on, at most"),
     "save_every": (1000, 1000, 5000, 5000, "steps between evaluations and checkpoints"),
 }
+KIND = "tokenizer"  # of its checkpoints
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def datasets(args):
     """(training set, held-out set): one view, random crops and flips in training only."""
     view = [(args.image_size, "bicubic")]
     source = data.open_source(args.data, "train", args.data_dir)
-    held_out = data.Crops(data.open_source(args.data, "val", args.data_dir), view, train=False)
+    held_out = data.Crops(data.open_source(args.data, args.eval_split, args.data_dir), view, train=False)
     return data.Crops(source, view, True, args.seed, args.min_crop, args.flip), held_out
 
 
@@ -105,7 +106,7 @@ def draw_pictures(out, model, held_out):
 def main(argv=None):
     args = training.parse_recipe(training.recipe_parser(__doc__, RECIPES), RECIPES, argv)
     device, rank, world = training.setup(args.device)
-    batch = training.rank_batch(args.batch_size, args.accumulate, world)
+    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
     train_set, held_out = datasets(args)
     torch.manual_seed(args.seed)
@@ -115,14 +116,14 @@ def main(argv=None):
     out = training.open_output(args.out, args.resume, rank)
     step = 0
     if args.resume:
-        state = training.resume_checkpoint(out, "tokenizer", args, model, optimizer, scaler)
+        state = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)
         step = state["step"]
         if average:
             average.module.load_state_dict(state["average"])
             average.n_averaged.fill_(step)
     train_model = training.wrap(model, device, args.compile)
     log = training.Log(out, rank, args.steps, step)
-    batches = data.train_batches(train_set, batch, rank, world, args.seed, step, args.steps, args.workers, device)
+    batches = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
     for (images,) in batches:
         lr = training.warmup_cosine(step, args.steps, args.warmup_steps, args.lr, args.min_lr)
         tau = training.cosine(step, args.tau_steps, 1.0, args.tau)
@@ -152,7 +153,7 @@ def main(argv=None):
             log.write(step=step, **result)
             if rank == 0:
                 more = {"average": average.module.state_dict()} if average else {}
-                training.save_checkpoint(out, "tokenizer", args, step, model, optimizer, scaler, **more)
+                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, evaluated, held_out)

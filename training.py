@@ -58,6 +58,7 @@ def recipe_parser(description, recipes):
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=shown)
     group = parser.add_argument_group("run")
     group.add_argument("--data-dir", help="where the data set's own files are, or are downloaded to")
+    group.add_argument("--eval-split", default="val", choices=("val", "test"), help="val to choose, test to report")
     group.add_argument("--out", required=True, help="new folder for checkpoint.pt, metrics.jsonl and pictures")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group.add_argument("--seed", type=int, default=0, help="of initialisation, order, crops, masks and noise")
@@ -209,6 +210,20 @@ def warmup_linear(step, steps, warmup, peak):
     return peak * (steps - step) / (steps - warmup)
 
 
+def duration(args, steps_per_epoch):
+    """(steps, warm-up steps) of --epochs and --warmup-epochs. Raises ValueError if warm-up leaves no time."""
+    steps, warmup = round(args.epochs * steps_per_epoch), round(args.warmup_epochs * steps_per_epoch)
+    if steps < 1 or warmup >= steps:
+        raise ValueError(f"--epochs {args.epochs} gives {steps} steps, --warmup-epochs {args.warmup_epochs} {warmup}")
+    return steps, warmup
+
+
+def set_lr(optimizer, lr):
+    """Give every group its layer's share of the step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
 # ---------------------------------------------------------------- output folder, checkpoints
 
 
@@ -233,7 +248,7 @@ def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
     """
     state = {"kind": kind, "config": asdict(model.config), "model": model.state_dict(), **more}
     state |= {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    state |= {"arguments": vars(args), "torch": torch.__version__}
+    state |= {"arguments": vars(args), "torch": str(torch.__version__)}
     torch.save(state, out / "checkpoint.tmp")
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 

@@ -1,0 +1,243 @@
+"""Stage 2 (sections 2.3 to 2.5): masked image modeling, BEiT's pre-training.
+
+    python pretrain.py --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit          # drawn shapes, on a CPU
+    torchrun --nproc_per_node=16 pretrain.py --recipe base --data IMAGENET --tokenizer runs/tokenizer/checkpoint.pt \\
+        --out runs/beit --workers 8                                                      # one node of GPUs
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 pretrain.py ...    # on each node
+
+--batch-size is the global batch: processes x accumulation passes x images per pass.
+
+An image has two views: patches x^p, some replaced by e_[M], and visual tokens z of the uncorrupted image.
+The model is trained to tell the tokens at the masked positions M (eq. 1):
+
+    max  sum_x E_M [ sum_(i in M) log p_MIM(z_i | x^M) ],   p_MIM = softmax(W_c h_i^L + b_c)
+
+That is the second stage of the VAE view (section 2.4). The bound of eq. 2,
+
+    log p(x | x~) >= E_(z ~ q_phi(z|x)) [ log p_psi(x|z) ] - KL[ q_phi(z|x), p_theta(z|x~) ],
+
+becomes eq. 3 with the likeliest tokens z^ in place of the expectation: log p_psi(x|z^) + log p_theta(z^|x~).
+`evaluate` reports its two terms in nats per image.
+
+OUT: checkpoint.pt, metrics.jsonl, predictions.png (original, masked input, the dVAE's decoding of the predicted
+tokens in the masked places), loss.png.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import training
+from beit import STD, Beit, BeitConfig, init_weight, parameter_groups
+from dvae import load_tokenizer
+from masking import make_mask
+
+RECIPES = {
+    # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
+    "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path, see data.py"),
+    "image_size": (32, 28, 224, 224, "pixels of the view that is cut into patches"),
+    "token_size": (32, 28, 112, 112, "pixels of the same crop as the tokenizer sees it: as many tokens as patches"),
+    "normalise": ("half", "half", "imagenet", "imagenet", "mean and std of the pixels: half (0.5) or imagenet"),
+    "min_crop": (0.5, 1.0, 0.08, 0.08, "smallest share of the area that a random crop keeps; 1: no crop"),
+    "flip": (True, True, True, True, "mirror half of the images"),
+    "jitter": (0.0, 0.0, 0.4, 0.4, "brightness, contrast and saturation vary by this share"),
+    # masking
+    "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise, printed (Algorithm 1's letter), random"),
+    "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "share of the patches to mask, at most: 75 of 196 in the paper"),
+    "min_block": (6, 4, 16, 16, "smallest block, in patches"),
+    # backbone
+    "patch_size": (4, 4, 16, 16, "P, pixels"),
+    "dim": (128, 128, 768, 1024, "D, hidden size"),
+    "depth": (4, 4, 12, 24, "L, layers"),
+    "heads": (4, 4, 12, 16, "attention heads"),
+    "mlp_ratio": (4.0, 4.0, 4.0, 4.0, "hidden size of the MLP, in D"),
+    "positions": ("absolute", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
+    "layer_scale": (0.0, 0.0, 0.1, 1e-5, "start of LayerScale; 0: none"),
+    "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
+    # optimisation
+    "epochs": (10.0, 6.0, 800.0, 800.0, "passes over the images"),
+    "warmup_epochs": (1.0, 0.3, 10.0, 10.0, "of linear warm-up"),
+    "batch_size": (128, 128, 2048, 2048, "images per step, all processes together; scale lr with it"),
+    "lr": (2e-3, 2e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),
+    "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, "final learning rate"),
+    "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
+    "clip": (3.0, 3.0, 3.0, 1.0, "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (1000, 5000, 5000, 5000, "held-out images to evaluate on, at most"),
+    "save_every": (500, 500, 2500, 2500, "steps between evaluations and checkpoints"),
+}
+
+KIND = "pretraining"  # of its checkpoints
+
+
+class BeitForMaskedImageModeling(Beit):
+    """The backbone with e_[M] and the head W_c, b_c of p_MIM."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, mask_embedding=True)
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.lm_head = nn.Linear(config.dim, vocab_size)  # W_c, b_c
+        init_weight(self.lm_head.weight, cut=STD)
+        nn.init.zeros_(self.lm_head.bias)
+
+    def forward(self, x, mask):
+        """Logits at the masked positions only, in the mask's row-major order: (B, 3, H, W), (B, N) -> (|M|, |V|)."""
+        h = super().forward(x, mask)[:, 1:][mask]  # h_i^L, i in M: (|M|, D)
+        return self.lm_head(self.norm(h))
+
+
+class MaskedViews(data.Crops):
+    """The two views of data.Crops, and a mask (B, h, w) for each image."""
+
+    def __init__(self, args, source, views, train):
+        crop = (args.min_crop, args.flip, args.jitter) if train else ()
+        super().__init__(source, views, train, args.seed, *crop)
+        self.how = args.masking, args.image_size // args.patch_size, args.mask_ratio, args.min_block
+        make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # a bad ratio or name is found before training
+
+    def __getitems__(self, keys):
+        kind, *how = self.how
+        masks = [make_mask(kind, data.sample_rng(self.seed, *key, "mask"), *how) for key in keys]
+        return [*super().__getitems__(keys), torch.stack([torch.from_numpy(m) for m in masks])]
+
+
+def two_views(batch, device, statistics):
+    """A loaded batch -> (patch view x normalised, tokenizer's view in [0, 1], mask (B, N)), on the device."""
+    patches, pixels, mask = batch
+    x = data.normalise(data.to_float(patches, device), statistics)
+    return x, data.to_float(pixels, device), mask.to(device, non_blocking=True).flatten(1)
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
+    """Masked-token loss and accuracy, and the two terms of eq. 3, on held-out images with fixed masks.
+
+    mim_loss: nats per masked token. mim_accuracy: share of masked tokens whose likeliest prediction is right.
+    commonest_token: accuracy of always saying the commonest. stage1_nats: log p_psi(x|z^); stage2_nats:
+    log p_theta(z^|x~) of the masked tokens; both per image.
+    """
+    model.eval()
+    counts = torch.zeros(tokenizer.config.vocab_size, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # tokens, loss, right, images, log p_psi
+    for batch in data.eval_batches(held_out, 250, args.eval_images, rank, world, args.workers):
+        x, pixels, mask = two_views(batch, device, args.normalise)
+        with autocast():
+            z = tokenizer.tokens(pixels)
+            logits = model(x, mask)
+        targets = z.flatten(1)[mask]
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        right = (logits.argmax(-1) == targets).sum()
+        log_p = -tokenizer.negative_log_likelihood(pixels, *tokenizer.decode_parameters(z)).sum()
+        sums += torch.stack([mask.sum(), loss, right, torch.tensor(len(x), device=device), log_p]).double()
+        counts += torch.bincount(targets, minlength=len(counts))
+    model.train()
+    training.all_sum(counts)
+    tokens, loss, right, images, log_p = training.all_sum(sums).tolist()
+    return {
+        "mim_loss": loss / tokens,
+        "mim_accuracy": right / tokens,
+        "commonest_token": counts.max().item() / tokens,
+        "stage1_nats": log_p / images,
+        "stage2_nats": -loss / images,
+    }
+
+
+@torch.no_grad()
+def draw_pictures(out, model, tokenizer, held_out, args, device):
+    """predictions.png: original, masked input, decoded predictions in the masked places; loss.png."""
+    batch = held_out.__getitems__([(-1, i) for i in range(min(12, len(held_out)))])
+    x, pixels, mask = two_views(batch, device, args.normalise)
+    model.eval()
+    z = tokenizer.tokens(pixels)
+    guess = z.flatten(1).clone()
+    guess[mask] = model(x, mask).argmax(-1)
+    decoded = tokenizer.decode(guess.view_as(z))
+    grid = mask.view(len(z), 1, *z.shape[1:]).float()
+    where = F.interpolate(grid, size=pixels.shape[-2:], mode="nearest").bool()
+    masked = torch.where(where, torch.tensor(0.5, device=device), pixels)
+    training.picture(out / "predictions.png", [pixels, masked, torch.where(where, decoded, pixels)])
+    training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
+
+
+def build(args, tokenizer):
+    """The model of the recipe. Raises ValueError unless there is one token for each patch."""
+    config = BeitConfig(**{name: getattr(args, name) for name in BeitConfig.__dataclass_fields__})
+    tokens, rest = divmod(args.token_size, tokenizer.config.downsampling)
+    if rest or tokens != config.grid:
+        raise ValueError(
+            f"the tokenizer makes {args.token_size / tokenizer.config.downsampling:g} tokens along {args.token_size} pixels "
+            f"but there are {config.grid} patches: set --token-size {config.grid * tokenizer.config.downsampling}"
+        )
+    return BeitForMaskedImageModeling(config, tokenizer.config.vocab_size)
+
+
+def datasets(args):
+    """(training set, held-out set) of two views and a mask: bicubic for the patches, Lanczos for the tokenizer."""
+    views = [(args.image_size, "bicubic"), (args.token_size, "lanczos")]
+    train_source = data.open_source(args.data, "train", args.data_dir)
+    held_out_source = data.open_source(args.data, args.eval_split, args.data_dir)
+    return MaskedViews(args, train_source, views, True), MaskedViews(args, held_out_source, views, False)
+
+
+def main(argv=None):
+    parser = training.recipe_parser(__doc__, RECIPES)
+    parser.add_argument("--tokenizer", required=True, help="checkpoint.pt of train_tokenizer.py")
+    args = training.parse_recipe(parser, RECIPES, argv)
+    device, rank, world = training.setup(args.device)
+    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
+    autocast, scaler = training.precision(args.amp, device)
+    tokenizer = load_tokenizer(training.load_checkpoint(args.tokenizer, "tokenizer")).to(device)
+    train_set, held_out = datasets(args)
+    torch.manual_seed(args.seed)
+    model = build(args, tokenizer).to(device)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
+    out = training.open_output(args.out, args.resume, rank)
+    step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
+    steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))
+    train_model = training.wrap(model, device, args.compile)
+    log = training.Log(out, rank, steps, step)
+    for batch in data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device):
+        lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
+        training.set_lr(optimizer, lr)
+        torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
+        x, pixels, mask = two_views(batch, device, args.normalise)
+        with autocast():
+            z = tokenizer.tokens(pixels).flatten(1)  # (B, N)
+        # Eq. 1 as a mean over all masked tokens of the global batch: masks differ in size, so the sum is divided
+        # by the count over all processes and passes; times `world` because DDP averages over processes.
+        count = training.all_sum(mask.sum()) / world
+        total = 0.0
+        parts = [t.chunk(args.accumulate) for t in (x, z, mask)]
+        for i, (x_i, z_i, mask_i) in enumerate(zip(*parts), start=1):
+            with training.sync_only_if(train_model, i == args.accumulate), autocast():
+                logits = train_model(x_i, mask_i)  # (|M|, |V|)
+                loss = F.cross_entropy(logits.float(), z_i[mask_i], reduction="sum") / count
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+        if step % args.log_every == 0 or step == steps:
+            loss = (training.all_sum(total) / world).item()
+            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
+        if step % args.save_every == 0 or step == steps:
+            result = evaluate(model, tokenizer, held_out, args, device, rank, world, autocast)
+            log.write(step=step, **result)
+            if rank == 0:
+                more = {"normalise": args.normalise, "vocab_size": tokenizer.config.vocab_size}
+                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+    log.final(**result)
+    if rank == 0:
+        draw_pictures(out, model, tokenizer, held_out, args, device)
+
+
+if __name__ == "__main__":
+    with training.one_line_errors():
+        main()
