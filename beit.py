@@ -11,7 +11,7 @@ Images are float tensors (B, 3, H, W), normalised. A mask is bool, True = masked
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,30 @@ class BeitConfig:
     def grid(self):
         """Patches along one side: h = w."""
         return self.image_size // self.patch_size
+
+
+MODELS = {  # --model: the appendix's sizes, and one for images of 28 to 64 pixels on a laptop
+    "tiny": dict(patch_size=4, dim=128, depth=4, heads=4, positions="absolute", layer_scale=0.0),
+    "base": dict(patch_size=16, dim=768, depth=12, heads=12, positions="shared", layer_scale=0.1),
+    "large": dict(patch_size=16, dim=1024, depth=24, heads=16, positions="shared", layer_scale=1e-5),
+}
+
+
+def model_config(name, **changes):
+    """The BeitConfig of --model NAME, with changes. Raises ValueError on an unknown name."""
+    if name not in MODELS:
+        raise ValueError(f"model {name!r} is none of {', '.join(MODELS)}")
+    return BeitConfig(**{**MODELS[name], **changes})
+
+
+def finetuned_config(init, model, image_size, drop_path):
+    """BeitConfig for fine-tuning: the checkpoint's (None: that of --model), at its own size and stochastic depth.
+
+    A relative table that all blocks share in pre-training becomes one per block, free to differ.
+    """
+    config = model_config(model) if init is None else BeitConfig(**init["config"])
+    positions = "relative" if config.positions == "shared" else config.positions
+    return replace(config, image_size=image_size, drop_path=drop_path, positions=positions)
 
 
 def init_weight(weight, cut=2.0):
@@ -213,7 +237,7 @@ class Beit(nn.Module):
         else:
             self.register_buffer("relative_position_index", relative_position_index(config.grid), persistent=False)
         self.rel_pos_bias = SharedRelativePosition(config) if config.positions == "shared" else None
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * l / max(config.depth - 1, 1) for l in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.init_weights(cut=STD if mask_embedding else 2.0)
 

@@ -13,9 +13,9 @@ number of loader processes and torchrun processes changes no crop. Views leave h
 """
 
 import argparse
+import copy
 import gzip
 import hashlib
-import itertools
 import math
 import random
 import sys
@@ -104,6 +104,36 @@ class Files:
         """uint8 mask (1, H, W): ADE20K's value 0, "other", is ignored and the 150 classes move down by one."""
         (index,) = indices
         return np.asarray(decode(self.masks[index]))[None] - np.uint8(1)  # 0 wraps round to 255 = IGNORE
+
+
+def balanced_subset(source, per_class, seed):
+    """`per_class` images of each class, drawn by the seed. Raises ValueError if a class has fewer."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for c in range(len(source.classes)):
+        of_class = np.flatnonzero(source.labels == c)
+        if len(of_class) < per_class:
+            raise ValueError(f"{source.name}: class {source.classes[c]!r} has {len(of_class)} images, not {per_class}")
+        chosen.append(rng.choice(of_class, per_class, replace=False))
+    return subset(source, np.sort(np.concatenate(chosen)))
+
+
+def random_subset(source, count, seed):
+    """`count` images, drawn by the seed. Raises ValueError if there are fewer."""
+    if count > len(source):
+        raise ValueError(f"{source.name}: it has {len(source)} images, not {count}")
+    return subset(source, np.sort(np.random.default_rng(seed).choice(len(source), count, replace=False)))
+
+
+def subset(source, indices):
+    """A copy of the source with only the images at `indices`."""
+    smaller = copy.copy(source)
+    for name in ("images", "paths", "labels", "masks"):
+        values = getattr(source, name, None)
+        if values is not None:
+            chosen = values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
+            setattr(smaller, name, chosen)
+    return smaller
 
 
 def decode(path):

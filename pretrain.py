@@ -31,7 +31,7 @@ from torch import nn
 
 import data
 import training
-from beit import STD, Beit, BeitConfig, init_weight, parameter_groups
+from beit import STD, Beit, init_weight, model_config, parameter_groups
 from dvae import load_tokenizer
 from masking import make_mask
 
@@ -49,13 +49,8 @@ RECIPES = {
     "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "share of the patches to mask, at most: 75 of 196 in the paper"),
     "min_block": (6, 4, 16, 16, "smallest block, in patches"),
     # backbone
-    "patch_size": (4, 4, 16, 16, "P, pixels"),
-    "dim": (128, 128, 768, 1024, "D, hidden size"),
-    "depth": (4, 4, 12, 24, "L, layers"),
-    "heads": (4, 4, 12, 16, "attention heads"),
-    "mlp_ratio": (4.0, 4.0, 4.0, 4.0, "hidden size of the MLP, in D"),
+    "model": ("tiny", "tiny", "base", "large", "size of the backbone, see MODELS in beit.py"),
     "positions": ("absolute", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
-    "layer_scale": (0.0, 0.0, 0.1, 1e-5, "start of LayerScale; 0: none"),
     "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
     # optimisation
     "epochs": (10.0, 6.0, 800.0, 800.0, "passes over the images"),
@@ -92,10 +87,10 @@ class BeitForMaskedImageModeling(Beit):
 class MaskedViews(data.Crops):
     """The two views of data.Crops, and a mask (B, h, w) for each image."""
 
-    def __init__(self, args, source, views, train):
+    def __init__(self, args, source, views, grid, train):
         crop = (args.min_crop, args.flip, args.jitter) if train else ()
         super().__init__(source, views, train, args.seed, *crop)
-        self.how = args.masking, args.image_size // args.patch_size, args.mask_ratio, args.min_block
+        self.how = args.masking, grid, args.mask_ratio, args.min_block
         make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # a bad ratio or name is found before training
 
     def __getitems__(self, keys):
@@ -164,7 +159,9 @@ def draw_pictures(out, model, tokenizer, held_out, args, device):
 
 def build(args, tokenizer):
     """The model of the recipe. Raises ValueError unless there is one token for each patch."""
-    config = BeitConfig(**{name: getattr(args, name) for name in BeitConfig.__dataclass_fields__})
+    config = model_config(
+        args.model, image_size=args.image_size, positions=args.positions, drop_path=args.drop_path
+    )
     tokens, rest = divmod(args.token_size, tokenizer.config.downsampling)
     if rest or tokens != config.grid:
         raise ValueError(
@@ -174,12 +171,12 @@ def build(args, tokenizer):
     return BeitForMaskedImageModeling(config, tokenizer.config.vocab_size)
 
 
-def datasets(args):
+def datasets(args, grid):
     """(training set, held-out set) of two views and a mask: bicubic for the patches, Lanczos for the tokenizer."""
     views = [(args.image_size, "bicubic"), (args.token_size, "lanczos")]
     train_source = data.open_source(args.data, "train", args.data_dir)
     held_out_source = data.open_source(args.data, args.eval_split, args.data_dir)
-    return MaskedViews(args, train_source, views, True), MaskedViews(args, held_out_source, views, False)
+    return MaskedViews(args, train_source, views, grid, True), MaskedViews(args, held_out_source, views, grid, False)
 
 
 def main(argv=None):
@@ -190,9 +187,9 @@ def main(argv=None):
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
     tokenizer = load_tokenizer(training.load_checkpoint(args.tokenizer, "tokenizer")).to(device)
-    train_set, held_out = datasets(args)
     torch.manual_seed(args.seed)
     model = build(args, tokenizer).to(device)
+    train_set, held_out = datasets(args, model.config.grid)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     out = training.open_output(args.out, args.resume, rank)

@@ -59,7 +59,7 @@ def recipe_parser(description, recipes):
     group = parser.add_argument_group("run")
     group.add_argument("--data-dir", help="where the data set's own files are, or are downloaded to")
     group.add_argument("--eval-split", default="val", choices=("val", "test"), help="val to choose, test to report")
-    group.add_argument("--out", required=True, help="new folder for checkpoint.pt, metrics.jsonl and pictures")
+    group.add_argument("--out", help="new folder for checkpoint.pt, metrics.jsonl and pictures")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group.add_argument("--seed", type=int, default=0, help="of initialisation, order, crops, masks and noise")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -76,6 +76,8 @@ def parse_recipe(parser, recipes, argv=None):
     args = parser.parse_args(argv)
     if args.recipe not in COLUMNS:
         parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
+    if args.out is None and not getattr(args, "eval", False):
+        parser.error("--out is needed: a new folder for what the run makes")
     for name, row in recipes.items():
         if getattr(args, name) is None:
             setattr(args, name, row[COLUMNS.index(args.recipe)])
@@ -298,15 +300,15 @@ class Log:
 
     def __init__(self, out, rank, steps, first_step=0):
         self.steps, self.rank = steps, rank
-        self.file = open(out / "metrics.jsonl", "a") if rank == 0 else None
+        self.path = out / "metrics.jsonl" if out else None
         self.start, self.first_step = time.time(), first_step
         self.terminal = sys.stdout.isatty()
 
     def write(self, **record):
         """One JSON object on a line of its own."""
-        if self.rank == 0:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        if self.rank == 0 and self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def step(self, step, images, **values):
         """Log `values` after `step` steps, with images a second since the start and the time left."""

@@ -1,0 +1,323 @@
+"""Semantic segmentation (section 2.6): BEiT as the encoder, several deconvolution layers as the decoder.
+
+    python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg                 # drawn shapes, on a CPU
+    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2                 # intermediate fine-tuning
+    python finetune_seg.py --eval --init runs/seg/checkpoint.pt                          # evaluate only
+    torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --init runs/beit/checkpoint.pt \\
+        --out runs/seg --workers 8                                                       # one node of GPUs
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 finetune_seg.py ...    # on each node
+
+--batch-size is the global batch: processes x accumulation passes x images per pass.
+OUT: checkpoint.pt, metrics.jsonl, segmentation.png (image, truth, prediction), loss.png.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import training
+from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
+
+RECIPES = {
+    # name: (demo, fashion, base, large, help). base is the paper's appendix, for ADE20K.
+    "data": ("shapes", "fashion-scenes", None, None, "data set with masks: a name or a path, see data.py"),
+    "image_size": (32, 56, 512, 512, "pixels of the crop; other than in pre-training, positions are interpolated"),
+    "train_images": (0, 500, 0, 0, "train on so many images, drawn by the seed; 0: all"),
+    "model": ("tiny", "tiny", "base", "large", "size with --init random; a checkpoint brings its own"),
+    "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
+    "decoder_dim": (64, 64, 256, 256, "channels between the deconvolution layers"),
+    # augmentation
+    "min_scale": (1.0, 1.0, 0.5, 0.5, "smallest factor by which a training image is resized before the crop"),
+    "max_scale": (1.0, 1.0, 2.0, 2.0, "largest such factor"),
+    "short_side": (0, 0, 512, 512, "the short side of every image is resized to this first; 0: left as it is"),
+    "flip": (True, True, True, True, "mirror half of the images"),
+    "photometric": (False, False, True, True, "vary brightness, contrast and saturation"),
+    # optimisation
+    "steps": (300, 250, 160_000, 160_000, "optimisation steps"),
+    "warmup_steps": (30, 25, 1500, 1500, "of linear warm-up; then linear to 0"),
+    "batch_size": (32, 16, 16, 16, "images per step, all processes together"),
+    "lr": (2e-3, 2e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
+    "layer_decay": (0.75, 0.75, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
+    "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (500, 1000, 2000, 2000, "held-out images to evaluate on, at most"),
+    "save_every": (1000, 1000, 16_000, 16_000, "steps between evaluations and checkpoints"),
+}
+KIND = "segmentation"  # of its checkpoints
+
+
+def upsample(n_in, n_out):
+    """One deconvolution layer, to twice the size. GroupNorm: its result does not depend on the rest of the batch."""
+    layer = nn.ConvTranspose2d(n_in, n_out, kernel_size=4, stride=2, padding=1)
+    return nn.Sequential(layer, nn.GroupNorm(8, n_out), nn.GELU())
+
+
+class BeitForSegmentation(Beit):
+    """Patch outputs h_1^L..h_N^L as a grid, log2(P) deconvolutions to full size (SETR-PUP's way), a linear classifier."""
+
+    def __init__(self, config, classes, decoder_dim):
+        super().__init__(config)
+        stages = int(math.log2(config.patch_size))
+        if 2**stages != config.patch_size:
+            raise ValueError(f"patch size {config.patch_size} is not a power of 2: each deconvolution doubles the size")
+        self.classes, self.decoder_dim = classes, decoder_dim
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        widths = [config.dim] + [decoder_dim] * stages
+        self.decoder = nn.Sequential(*(upsample(n, m) for n, m in zip(widths, widths[1:])))
+        self.decoder.append(nn.Conv2d(decoder_dim, classes, kernel_size=1))
+        init_weight(self.decoder[-1].weight)
+
+    def forward(self, x):
+        """Logits of every pixel: (B, 3, H, W) -> (B, C, H, W)."""
+        h = self.norm(super().forward(x)[:, 1:])  # (B, N, D)
+        grid = h.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))  # (B, D, h, w)
+        return self.decoder(grid)
+
+
+def slide(model, x):
+    """Logits for images of any size not below the crop: windows of the crop, two thirds apart, averaged.
+
+    (1, 3, H, W) -> (1, C, H, W). The last window of a row or column is moved back inside the image.
+    """
+    size = model.config.image_size
+    H, W = x.shape[-2:]
+    stride = max(1, size * 2 // 3)
+    total = x.new_zeros(len(x), model.classes, H, W)
+    visits = x.new_zeros(1, 1, H, W)
+    for top in [*range(0, H - size, stride), H - size]:
+        for left in [*range(0, W - size, stride), W - size]:
+            window = slice(top, top + size), slice(left, left + size)
+            total[:, :, *window] += model(x[:, :, *window]).float()
+            visits[:, :, *window] += 1
+    return total / visits
+
+
+# ---------------------------------------------------------------- mean intersection over union
+
+
+def confusion_matrix(truth, guess, classes):
+    """Pixel counts (C, C): row = true class, column = predicted class; IGNORE pixels do not count.
+
+    Raises ValueError on a true class that is out of range.
+    """
+    counted = truth != data.IGNORE
+    truth, guess = truth[counted].long(), guess[counted].long()
+    if truth.numel() and truth.max() >= classes:
+        raise ValueError(f"mask value {truth.max().item()} is out of range for {classes} classes ({data.IGNORE}: ignored)")
+    return torch.bincount(truth * classes + guess, minlength=classes**2).view(classes, classes)
+
+
+def mean_iou(matrix):
+    """(mIoU, pixel accuracy) in percent from one confusion matrix over the whole set.
+
+    Intersection over union of each class that occurs in truth or prediction, averaged over those classes.
+    """
+    matrix = matrix.double()
+    hit = matrix.diagonal()
+    union = matrix.sum(0) + matrix.sum(1) - hit
+    iou = hit[union > 0] / union[union > 0]
+    return 100 * iou.mean().item(), 100 * (hit.sum() / matrix.sum()).item()
+
+
+# ---------------------------------------------------------------- images and masks
+
+
+def resize(image, mask, height, width):
+    """Image (1, 3, H, W) bilinear, antialiased; mask (1, 1, H, W) nearest; both float."""
+    if image.shape[-2:] == (height, width):
+        return image, mask
+    image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+    return image, F.interpolate(mask, (height, width), mode="nearest-exact")
+
+
+def pad(image, mask, size):
+    """Pad right and bottom to at least size x size: black, and IGNORE."""
+    right, bottom = max(0, size - image.shape[-1]), max(0, size - image.shape[-2])
+    return F.pad(image, (0, right, 0, bottom)), F.pad(mask, (0, right, 0, bottom), value=data.IGNORE)
+
+
+class MaskedImages(torch.utils.data.Dataset):
+    """Images with per-pixel classes. A batch of keys (epoch, index) gives uint8 images (B, 3, S, S), masks (B, S, S).
+
+    Training: resize by a random factor, a random crop S x S with at most 75 % of one class (ten tries), flip,
+    photometric distortion. Evaluation: one whole image at a time, padded to at least S x S.
+    """
+
+    def __init__(self, args, source, classes, train):
+        if source.masks is None:
+            raise ValueError(f"{source.name}: it has no masks to learn segmentation from")
+        self.args, self.source, self.classes, self.train = args, source, classes, train
+
+    def __len__(self):
+        return len(self.source)
+
+    def one(self, key):
+        """Image (1, 3, H, W) and mask (1, 1, H, W) of one key, as float."""
+        args, size = self.args, self.args.image_size
+        image = torch.from_numpy(self.source.read([key[1]])).permute(0, 3, 1, 2).float()
+        mask = torch.from_numpy(self.source.read_masks([key[1]]))[:, None].float()
+        if image.shape[-2:] != mask.shape[-2:]:
+            raise ValueError(f"{self.source.name} {key[1]}: image {image.shape[-2:]} and mask {mask.shape[-2:]} differ")
+        rng = data.sample_rng(args.seed, *key)
+        factor = args.short_side / min(image.shape[-2:]) if args.short_side else 1
+        factor *= rng.uniform(args.min_scale, args.max_scale) if self.train else 1
+        height, width = (round(side * factor) for side in image.shape[-2:])
+        image, mask = pad(*resize(image, mask, height, width), size)
+        if not self.train:
+            return image, mask
+        for _ in range(10):
+            top = rng.randint(0, image.shape[-2] - size)
+            left = rng.randint(0, image.shape[-1] - size)
+            crop = mask[..., top : top + size, left : left + size]
+            counts = torch.bincount(crop[crop != data.IGNORE].long())
+            if size == mask.shape[-1] == mask.shape[-2] or (len(counts) and counts.max() <= 0.75 * counts.sum()):
+                break
+        image, mask = image[..., top : top + size, left : left + size], crop
+        if args.flip and rng.random() < 0.5:
+            image, mask = image.flip(3), mask.flip(3)
+        if args.photometric:
+            strengths = [[rng.uniform(1 - s, 1 + s) for s in (0.125, 0.5, 0.5)]]
+            image = data.colour_jitter(image / 255, torch.tensor(strengths)) * 255
+        return image, mask
+
+    def __getitems__(self, keys):
+        images, masks = (torch.cat(parts) for parts in zip(*map(self.one, keys)))
+        masks = masks[:, 0].byte()
+        wrong = masks[(masks != data.IGNORE) & (masks >= self.classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{self.source.name}: mask value {wrong[0]} is out of range for {self.classes} classes "
+                f"({data.IGNORE}: ignored)"
+            )
+        return [images.round().clamp(0, 255).byte(), masks]
+
+
+# ---------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def evaluate(model, held_out, args, statistics, device, rank, world, autocast):
+    """miou and pixel_accuracy in percent on held-out images, from one confusion matrix over all processes."""
+    model.eval()
+    matrix = torch.zeros(model.classes, model.classes, dtype=torch.int64, device=device)
+    same_size = isinstance(held_out.source, data.Arrays)
+    for images, masks in data.eval_batches(
+        held_out, 32 if same_size else 1, args.eval_images, rank, world, args.workers
+    ):
+        x = data.normalise(data.to_float(images, device), statistics)
+        with autocast():
+            guess = slide(model, x).argmax(1)  # (B, H, W)
+        matrix += confusion_matrix(masks.to(device), guess, model.classes)
+    miou, pixel_accuracy = mean_iou(training.all_sum(matrix))
+    model.train()
+    return {"miou": miou, "pixel_accuracy": pixel_accuracy}
+
+
+def colours(masks):
+    """A colour for each class, (B, H, W) -> (B, 3, H, W): class 0 black, the rest around the hue circle."""
+    hue = masks.float()[:, None] * 2.4  # the golden angle keeps neighbours apart
+    rgb = 0.55 + 0.45 * torch.cos(hue + torch.tensor([0.0, 2.1, 4.2], device=masks.device).view(1, 3, 1, 1))
+    return torch.where(masks[:, None] == 0, 0.0, torch.where(masks[:, None] == data.IGNORE, 1.0, rgb))
+
+
+@torch.no_grad()
+def draw_pictures(out, model, held_out, args, statistics, device):
+    """segmentation.png: image, truth, prediction, of up to twelve held-out images' top left crops; loss.png."""
+    size = args.image_size
+    some = [held_out.__getitems__([(-1, i)]) for i in range(min(12, len(held_out)))]
+    images, masks = (torch.cat([part[..., :size, :size] for part in parts]) for parts in zip(*some))
+    x = data.to_float(images, device)
+    model.eval()
+    guess = model(data.normalise(x, statistics)).argmax(1)
+    training.picture(out / "segmentation.png", [x, colours(masks.to(device)), colours(guess)])
+    training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
+
+
+def prepare(args, device):
+    """(model, training set or None with --eval, held-out set, pixel statistics) for --init and --data."""
+    init = None
+    if args.init != "random":
+        kinds = (KIND,) if args.eval else ("pretraining", "classification", KIND)
+        init = training.load_checkpoint(args.init, *kinds)
+    held_out = data.open_source(args.data, args.eval_split, args.data_dir)
+    train_set = None
+    if args.eval:
+        model = BeitForSegmentation(BeitConfig(**init["config"]), init["classes"], init["decoder_dim"])
+        model.load_state_dict(init["model"])
+        args.image_size = model.config.image_size
+    else:
+        source = data.open_source(args.data, "train", args.data_dir)
+        train_set = MaskedImages(args, source, len(source.mask_classes), True)
+        if args.train_images:
+            train_set.source = data.random_subset(source, args.train_images, args.seed)
+        config = finetuned_config(init, args.model, args.image_size, args.drop_path)
+        torch.manual_seed(args.seed)
+        model = BeitForSegmentation(config, len(source.mask_classes), args.decoder_dim)
+        if init:
+            load_backbone(model, init["model"])
+    statistics = init["normalise"] if init else "half"
+    return model.to(device), train_set, MaskedImages(args, held_out, model.classes, False), statistics
+
+
+def main(argv=None):
+    parser = training.recipe_parser(__doc__, RECIPES)
+    parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, or random")
+    parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
+    args = training.parse_recipe(parser, RECIPES, argv)
+    device, rank, world = training.setup(args.device)
+    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
+    autocast, scaler = training.precision(args.amp, device)
+    model, train_set, held_out, statistics = prepare(args, device)
+    if args.eval:
+        result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
+        training.Log(None, rank, 0).final(**result)
+        return
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    out = training.open_output(args.out, args.resume, rank)
+    step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
+    train_model = training.wrap(model, device, args.compile)
+    log = training.Log(out, rank, args.steps, step)
+    for images, masks in data.train_batches(
+        train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device
+    ):
+        lr = training.warmup_linear(step, args.steps, args.warmup_steps, args.lr)
+        training.set_lr(optimizer, lr)
+        torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
+        x = data.normalise(data.to_float(images, device), statistics)
+        masks = masks.to(device).long()
+        # The mean over all counted pixels of the global batch; times `world` because DDP averages over processes.
+        count = training.all_sum((masks != data.IGNORE).sum()).clamp_min(1) / world
+        total = 0.0
+        for i, (x_i, masks_i) in enumerate(zip(x.chunk(args.accumulate), masks.chunk(args.accumulate)), start=1):
+            with training.sync_only_if(train_model, i == args.accumulate), autocast():
+                logits = train_model(x_i).float()  # (B, C, H, W)
+                loss = F.cross_entropy(logits, masks_i, ignore_index=data.IGNORE, reduction="sum") / count
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+        if step % args.log_every == 0 or step == args.steps:
+            loss = (training.all_sum(total) / world).item()
+            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item())
+        if step % args.save_every == 0 or step == args.steps:
+            result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
+            log.write(step=step, **result)
+            if rank == 0:
+                more = {"normalise": statistics, "classes": model.classes, "decoder_dim": model.decoder_dim}
+                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+    log.final(**result)
+    if rank == 0:
+        draw_pictures(out, model, held_out, args, statistics, device)
+
+
+if __name__ == "__main__":
+    with training.one_line_errors():
+        main()

@@ -1,0 +1,900 @@
+"""Quick checks of every equation, claim and error: `python -m pytest`. Tiny images, two CPU cores, under two minutes."""
+
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import beit
+import data
+import dvae
+import finetune_cls
+import finetune_seg
+import masking
+import pretrain
+import train_tokenizer
+import training
+import visualize_attention
+
+HERE = Path(__file__).resolve().parent
+torch.set_num_threads(2)
+
+
+# ---------------------------------------------------------------- masking: Algorithm 1
+
+
+def test_blockwise_masks_match_the_released_generator():
+    """Over 20,000 draws on 14 x 14 the released generator's masks: mean 74.47, minimum 64, 66.6 % exactly 75."""
+    rng = random.Random(0)
+    sizes = np.array([masking.blockwise_mask(rng, 14, 14, 75).sum() for _ in range(20_000)])
+    assert sizes.max() == 75
+    assert 60 <= sizes.min() <= 68
+    assert abs(sizes.mean() - 74.47) < 4 * sizes.std() / math.sqrt(20_000)
+    assert abs((sizes == 75).mean() - 0.666) < 4 * math.sqrt(0.666 * 0.334 / 20_000)
+
+
+def test_masks_are_blocks():
+    """Blockwise masks hang together: a masked patch has more masked neighbours than under random masking."""
+
+    def neighbours(mask):
+        return (mask[1:] & mask[:-1]).sum() + (mask[:, 1:] & mask[:, :-1]).sum()
+
+    rng = random.Random(0)
+    blocks = np.mean([neighbours(masking.blockwise_mask(rng, 14, 14, 75)) for _ in range(200)])
+    scattered = np.mean([neighbours(masking.random_mask(rng, 14, 14, 75)) for _ in range(200)])
+    assert blocks > 1.7 * scattered
+
+
+def test_printed_algorithm_stops_past_its_ratio():
+    rng = random.Random(0)
+    for _ in range(200):
+        mask = masking.printed_mask(rng, 14, 14)
+        assert mask.sum() > 0.4 * 196 and mask.sum() < 196
+
+
+@pytest.mark.parametrize("kind", ["blockwise", "printed", "random"])
+@pytest.mark.parametrize("grid, ratio, block", [(4, 0.3, 2), (7, 0.4, 4), (24, 0.5, 16)])
+def test_masks_on_any_grid_are_a_function_of_the_seed(kind, grid, ratio, block):
+    a = [masking.make_mask(kind, random.Random(s), grid, ratio, block) for s in range(20)]
+    b = [masking.make_mask(kind, random.Random(s), grid, ratio, block) for s in range(20)]
+    assert all(m.shape == (grid, grid) and m.dtype == bool and m.any() for m in a)
+    assert np.array_equal(a, b) and not all(np.array_equal(a[0], m) for m in a)
+    if kind == "blockwise":
+        assert max(m.sum() for m in a) <= masking.target(grid, grid, ratio)
+    if kind == "random":
+        assert {m.sum() for m in a} == {masking.target(grid, grid, ratio)}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, 0.001])
+def test_mask_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match="mask ratio"):
+        masking.make_mask("random", random.Random(0), 14, ratio, 16)
+
+
+# ---------------------------------------------------------------- dVAE
+
+
+def tiny_dvae(**changes):
+    torch.manual_seed(0)
+    settings = dict(vocab_size=16, hidden=8, groups=2, blocks_per_group=1, code_dim=8) | changes
+    return dvae.DVAE(dvae.DVAEConfig(**settings))
+
+
+def test_dalle_sizes():
+    """DALL-E's networks have 53.8 M and 43.8 M parameters."""
+    with torch.device("meta"):
+        model = dvae.DVAE(dvae.DVAEConfig())
+    count = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.decoder)]
+    assert [round(c, 1) for c in count] == [53.8, 43.8]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_grid_of_tokens(groups):
+    model = tiny_dvae(groups=groups)
+    z = model.tokens(torch.rand(2, 3, 16, 16))
+    side = 16 // 2 ** (groups - 1)
+    assert z.shape == (2, side, side) and z.dtype == torch.int64
+    assert model.decode(z).shape == (2, 3, 16, 16)
+
+
+def test_pixels_round_trip():
+    x = torch.rand(100)
+    assert torch.allclose(dvae.unmap_pixels(dvae.map_pixels(x)), x, atol=1e-6)
+    assert dvae.map_pixels(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.1, 0.9])
+
+
+@pytest.mark.parametrize("mu, ln_b", [(0.0, 0.0), (1.3, -1.0), (-2.0, 0.5)])
+def test_logit_laplace_density_integrates_to_one(mu, ln_b):
+    # In u = logit(x), dx = x (1 - x) du, so that the spike at mu and the tails are both resolved.
+    u = torch.linspace(mu - 60, mu + 60, 2_000_001, dtype=torch.float64)
+    x = torch.sigmoid(u)
+    inside = (x > 1e-15) & (x < 1 - 1e-15)
+    density = torch.exp(-dvae.logit_laplace_nll(x[inside], torch.tensor(mu), torch.tensor(ln_b)))
+    integral = torch.trapezoid(density * (x * (1 - x))[inside], u[inside])
+    assert integral.item() == pytest.approx(1, abs=1e-4)
+
+
+def test_image_likelihood_is_a_density_over_0_to_1():
+    """The change of variables of map_pixels: over x in [0, 1] the density integrates to the mass between 0.1 and 0.9."""
+    model = tiny_dvae()
+    x = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    mu, ln_b = torch.zeros(()), torch.zeros(())
+    each = model.negative_log_likelihood(x.view(-1, 1, 1, 1), mu, ln_b)
+    mass = 1 - math.exp(-math.log(9))  # Laplace(0, 1) between logit(0.1) and logit(0.9) = ±log 9
+    assert torch.exp(-each).mean().item() == pytest.approx(mass, abs=1e-3)
+
+
+def test_gumbel_softmax_samples_q_and_has_gradients():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, -1.0, 2.0]).expand(20_000, 3).clone().requires_grad_()
+    sample = dvae.gumbel_softmax(logits, tau=0.05)
+    assert torch.allclose(sample.sum(-1), torch.ones(20_000))
+    shares = sample.argmax(-1).bincount() / 20_000
+    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.02)
+    # The gradient of E[code 0] points at raising logit 0 and lowering the others.
+    dvae.gumbel_softmax(logits, tau=1.0)[:, 0].mean().backward()
+    gradient = logits.grad.sum(0)
+    assert gradient[0] > 0 and gradient[1] < 0 and gradient[2] < 0
+
+
+def test_gumbel_softmax_gradient_by_finite_differences():
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def fixed_noise(values):
+        torch.manual_seed(3)
+        return dvae.gumbel_softmax(values, tau=0.7)
+
+    assert torch.autograd.gradcheck(fixed_noise, (logits,))
+
+
+def test_kl_to_uniform():
+    assert dvae.kl_to_uniform(torch.zeros(3, 8)).abs().max() < 1e-6
+    assert (dvae.kl_to_uniform(5 * torch.randn(100, 8)) >= -1e-6).all()
+    certain = torch.tensor([100.0, 0, 0, 0])
+    assert dvae.kl_to_uniform(certain).item() == pytest.approx(math.log(4), abs=1e-5)
+
+
+def test_dvae_loss_normalises_both_terms_alike():
+    """loss = (negative log-likelihood of the image + beta * KL of all its tokens) / (3 H W)."""
+    model, x = tiny_dvae(), torch.rand(2, 3, 8, 8)
+    torch.manual_seed(1)
+    loss, terms = model.loss(x, 1.0, 6.6)
+    tokens, values = 4 * 4, 3 * 8 * 8
+    expected = terms["reconstruction"] + 6.6 * terms["kl"] * tokens / values
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.manual_seed(1)
+    codes = dvae.gumbel_softmax(model.encode(x), 1.0)
+    nll = model.negative_log_likelihood(x, *model.decode_codes(codes)).mean() / values
+    assert terms["reconstruction"].item() == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_tokens_have_no_noise():
+    model, x = tiny_dvae(), torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.tokens(x), model.encode(x).argmax(-1))
+    assert torch.equal(model.tokens(x), model.tokens(x))
+
+
+def test_vq_takes_the_nearest_code_and_passes_the_gradient_straight_through():
+    model = tiny_dvae(quantizer="vq", likelihood="mse")
+    z_e = torch.randn(2, 4, 4, 8, requires_grad=True)
+    codes, z_q = model.straight_through(z_e)
+    nearest = torch.cdist(z_e.detach().flatten(0, 2), model.codebook).argmin(1)
+    assert torch.allclose(codes.detach().flatten(0, 2), model.codebook[nearest], atol=1e-5)
+    weight = torch.randn_like(codes)
+    (codes * weight).sum().backward()
+    assert torch.equal(z_e.grad, weight)
+
+
+def test_vq_revives_dead_codes():
+    """Without codes near the data one code takes everything; after revive_codes many are used."""
+    model = tiny_dvae(quantizer="vq", likelihood="mse")
+    x = torch.rand(32, 3, 8, 8)
+    model.codebook.data.add_(100)
+    model.codebook.data[0] = 0
+    assert len(model.tokens(x).unique()) == 1
+    model.revive_codes(x)
+    assert len(model.tokens(x).unique()) > 8
+
+
+# ---------------------------------------------------------------- backbone
+
+
+def tiny_config(**changes):
+    settings = dict(image_size=8, patch_size=2, dim=16, depth=2, heads=2, layer_scale=0.1, drop_path=0.0)
+    return beit.BeitConfig(**settings | changes)
+
+
+def tiny_mim(vocab=11, **changes):
+    torch.manual_seed(0)
+    model = pretrain.BeitForMaskedImageModeling(tiny_config(**changes), vocab)
+    with torch.no_grad():  # biases and tables start at 0: give everything a value that can be seen
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_base_has_the_parameters_of_the_released_model():
+    """91,965,776 in the authors' log for the base pre-training model with the shared relative table."""
+    with torch.device("meta"):
+        model = pretrain.BeitForMaskedImageModeling(beit.model_config("base"), 8192)
+    assert sum(p.numel() for p in model.parameters()) == 91_965_776
+
+
+def test_patch_projection_is_a_linear_map_of_flattened_patches():
+    config = tiny_config()
+    embed, x = beit.PatchEmbed(config), torch.randn(1, 3, 8, 8)
+    patches = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)  # (1, N, 3PP)
+    expected = patches @ embed.proj.weight.flatten(1).T + embed.proj.bias
+    assert torch.allclose(embed(x), expected, atol=1e-5)
+
+
+def test_input_is_e_s_then_patches_plus_positions():
+    """H_0 = [e_[S], E x_1, ..., E x_N] + E_pos, with e_[M] in place of a masked patch's projection."""
+    model = tiny_mim(positions="absolute")
+    x, mask = torch.randn(1, 3, 8, 8), torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    H = model.embed(x, mask) - model.pos_embed
+    assert torch.allclose(H[:, 0], model.cls_token[:, 0], atol=1e-6)
+    assert torch.allclose(H[0, 6], model.mask_token[0, 0], atol=1e-6)
+    assert torch.allclose(H[0, 7], model.patch_embed(x)[0, 6], atol=1e-6)
+
+
+def test_attention_equals_scaled_dot_product_attention():
+    model = tiny_mim(positions="relative")
+    attention, x, bias = model.blocks[0].attn, torch.randn(2, 17, 16), next(model.biases())
+    q, k, v = attention.project(x)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    assert torch.allclose(attention(x, bias), attention.proj(expected), atol=1e-6)
+
+
+def test_relative_position_index():
+    """Two pairs share a row exactly if their offset is the same; e_[S] has three rows of its own."""
+    index, grid = beit.relative_position_index(3), 3
+    rows = {}
+    for i in range(9):
+        for j in range(9):
+            offset = (i // grid - j // grid, i % grid - j % grid)
+            assert rows.setdefault(offset, index[i + 1, j + 1].item()) == index[i + 1, j + 1].item()
+    assert sorted(rows.values()) == list(range(25))
+    assert index[0, 1:].unique().item() == 25 and index[1:, 0].unique().item() == 26 and index[0, 0] == 27
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
+def test_positions_tell_patches_apart(positions):
+    """Without positions swapping two patches would only swap their outputs."""
+    model = tiny_mim(positions=positions)
+    x = torch.randn(1, 3, 8, 8)
+    swapped = x.clone()
+    swapped[..., :2, :2], swapped[..., 6:, 6:] = x[..., 6:, 6:], x[..., :2, :2]
+    a, b = beit.Beit.forward(model, x), beit.Beit.forward(model, swapped)
+    assert not torch.allclose(a[:, 1], b[:, 16], atol=1e-4)
+
+
+def test_initialisation():
+    """Cut at one standard deviation for pre-training (real std 0.0108), uncut for fine-tuning; projections / sqrt(2l)."""
+    config = beit.BeitConfig(image_size=32, patch_size=16, dim=256, depth=3, heads=4)
+    torch.manual_seed(0)
+    pre, fine = beit.Beit(config, mask_embedding=True), beit.Beit(config)
+    assert pre.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0108, rel=0.02)
+    assert fine.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0200, rel=0.02)
+    assert pre.blocks[2].mlp.fc2.weight.std().item() == pytest.approx(0.0108 / math.sqrt(6), rel=0.02)
+    assert fine.mask_token is None and pre.mask_token is not None
+
+
+def test_stochastic_depth_keeps_the_mean():
+    torch.manual_seed(0)
+    branch = torch.ones(20_000, 1, 1)
+    dropped = beit.drop_path(branch, 0.25, training=True)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(beit.drop_path(branch, 0.25, training=False), branch)
+
+
+def test_absolute_positions_are_interpolated():
+    position = torch.randn(1, 17, 8)
+    bigger = beit.resize_pos_embed(position, 7)
+    assert bigger.shape == (1, 50, 8) and torch.equal(bigger[:, 0], position[:, 0])
+    assert beit.resize_pos_embed(position, 4) is position
+    constant = torch.ones(1, 17, 8)
+    assert torch.allclose(beit.resize_pos_embed(constant, 7), torch.ones(1, 50, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize("new, q", [(24, 1.0903), (32, 1.1349)])
+def test_relative_tables_are_interpolated_on_the_released_geometric_scale(new, q):
+    offsets = beit.geometric_offsets(14, new)
+    assert offsets[14] == pytest.approx(1) and offsets[15] - offsets[14] == pytest.approx(q, abs=5e-5)
+    assert offsets[-1] == pytest.approx(new - 1, abs=1e-5)
+    # A cubic spline without free ends reproduces a cubic of the offsets exactly.
+    y, x = np.meshgrid(offsets, offsets, indexing="ij")
+    table = torch.from_numpy(np.concatenate([(y**3 - 2 * x * y).ravel(), [1, 2, 3]]))[:, None]
+    resized = beit.resize_relative_table(table, new).numpy()
+    wide = np.arange(-(new - 1), new)
+    y, x = np.meshgrid(wide, wide, indexing="ij")
+    expected = np.concatenate([(y**3 - 2 * x * y).ravel(), [1, 2, 3]])[:, None]
+    assert np.abs(resized - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_layer_decay():
+    """Block l of L gets d^(L+1-l), embeddings d^(L+1), head, norm and a shared table 1; no decay for vectors."""
+    model = tiny_mim(positions="shared")
+    groups = beit.parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+    scale, decay = {}, {}
+    for group in groups:
+        for parameter in group["params"]:
+            scale[parameter], decay[parameter] = group["lr_scale"], group["weight_decay"]
+    by_name = dict(model.named_parameters())
+    assert len(scale) == len(by_name)
+    assert scale[by_name["patch_embed.proj.weight"]] == scale[by_name["mask_token"]] == 0.5**3
+    assert scale[by_name["blocks.0.mlp.fc1.weight"]] == 0.5**2 and scale[by_name["blocks.1.gamma_1"]] == 0.5
+    assert scale[by_name["lm_head.weight"]] == scale[by_name["rel_pos_bias.relative_position_bias_table"]] == 1
+    assert decay[by_name["cls_token"]] == decay[by_name["blocks.0.attn.q_bias"]] == decay[by_name["norm.weight"]] == 0
+    assert decay[by_name["mask_token"]] == decay[by_name["rel_pos_bias.relative_position_bias_table"]] == 0.05
+
+
+# ---------------------------------------------------------------- masked image modeling: eq. 1
+
+
+def mim_loss(model, x, z, mask):
+    return F.cross_entropy(model(x, mask), z[mask])
+
+
+def test_loss_is_on_masked_positions_only():
+    model = tiny_mim()
+    x, z = torch.randn(2, 3, 8, 8), torch.randint(11, (2, 16))
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 3:6] = mask[1, 7] = True
+    assert model(x, mask).shape == (4, 11)
+    loss = mim_loss(model, x, z, mask)
+    elsewhere = torch.where(mask, z, (z + 1) % 11)
+    assert torch.equal(mim_loss(model, x, elsewhere, mask), loss)
+    there = torch.where(mask, (z + 1) % 11, z)
+    assert not torch.allclose(mim_loss(model, x, there, mask), loss)
+
+
+def test_pixels_under_the_mask_are_not_seen():
+    model = tiny_mim()
+    x, mask = torch.randn(1, 3, 8, 8), torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 0] = True  # the patch of rows 0-1, columns 0-1
+    changed, visible = x.clone(), x.clone()
+    changed[..., :2, :2] += 1
+    visible[..., 4:6, 4:6] += 1
+    assert torch.equal(model(changed, mask), model(x, mask))
+    assert not torch.allclose(model(visible, mask), model(x, mask), atol=1e-4)
+
+
+def test_bound_terms_are_those_of_eq_3(tmp_path):
+    """stage1_nats and stage2_nats of evaluate(), recomputed image by image."""
+    model, tokenizer = tiny_mim(vocab=16), tiny_dvae().eval()
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    args = pretrain_arguments()
+    held_out = pretrain.MaskedViews(args, data.Arrays("five", images), [(8, "bicubic"), (8, "lanczos")], 4, False)
+    autocast, _ = training.precision("off", torch.device("cpu"))
+    result = pretrain.evaluate(model, tokenizer, held_out, args, torch.device("cpu"), 0, 1, autocast)
+    stage1 = stage2 = right = count = 0.0
+    for i in range(5):
+        x, pixels, mask = pretrain.two_views(held_out.__getitems__([(-1, i)]), torch.device("cpu"), "half")
+        z = tokenizer.tokens(pixels)
+        log_p = F.log_softmax(model(x, mask), -1)
+        stage2 += log_p.gather(1, z.flatten(1)[mask][:, None]).sum().item()
+        stage1 -= tokenizer.negative_log_likelihood(pixels, *tokenizer.decode_parameters(z)).item()
+        right += (log_p.argmax(-1) == z.flatten(1)[mask]).sum().item()
+        count += mask.sum().item()
+    assert result["stage1_nats"] == pytest.approx(stage1 / 5, rel=1e-5)
+    assert result["stage2_nats"] == pytest.approx(stage2 / 5, rel=1e-5)
+    assert result["mim_loss"] == pytest.approx(-stage2 / count, rel=1e-5)
+    assert result["mim_accuracy"] == pytest.approx(right / count)
+
+
+def pretrain_arguments():
+    parser = training.recipe_parser("", pretrain.RECIPES)
+    return training.parse_recipe(parser, pretrain.RECIPES, ["--out", "x", "--mask-ratio", "0.4", "--min-block", "2"])
+
+
+# ---------------------------------------------------------------- classification
+
+
+def test_classifier_is_a_linear_map_of_the_mean_patch_output():
+    torch.manual_seed(0)
+    model = finetune_cls.BeitForClassification(tiny_config(), 5).eval()
+    x = torch.randn(2, 3, 8, 8)
+    mean = beit.Beit.forward(model, x)[:, 1:].mean(1)
+    expected = F.layer_norm(mean, [16], eps=1e-6) @ model.head.weight.T
+    assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixed_labels_follow_mixed_pixels(mixup, cutmix):
+    """Image i is constant i: the mean pixel of a mixture tells its share, which the targets must have."""
+    x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    for seed in range(20):
+        mixed, targets = finetune_cls.mix(x, torch.eye(4), mixup, cutmix, random.Random(seed))
+        assert torch.allclose(mixed.mean((1, 2, 3)), targets @ torch.arange(4.0), atol=1e-5)
+        assert torch.allclose(targets.sum(1), torch.ones(4))
+
+
+def test_randaugment_operations_keep_the_range_and_do_something():
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for operation in finetune_cls.OPERATIONS:
+        for strength in (0.0, 0.5, 1.0):
+            y = operation(image / 255, strength, -1)
+            assert y.shape == image.shape and y.min() > -1e-5 and y.max() < 1 + 1e-5
+        assert not torch.allclose(operation(image / 255, 0.7, 1), image / 255, atol=1e-3)
+    again = [finetune_cls.randaugment(image, 9, random.Random(s)) for s in (1, 1)]
+    assert torch.equal(*again)
+
+
+def test_erasing_erases_one_rectangle():
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    finetune_cls.erase(image, random.Random(0))
+    share = (image != 0).any(0).float().mean()
+    assert 0.01 < share < 0.4
+
+
+def test_linear_probe_trains_norm_and_head_only(arrays, tmp_path):
+    flags = ["--recipe", "demo", "--data", arrays, "--init", "random", "--image-size", "16", "--batch-size", "8"]
+    flags += ["--epochs", "1", "--warmup-epochs", "0", "--linear-probe", "--device", "cpu"]
+    finetune_cls.main([*flags, "--out", str(tmp_path / "probe")])
+    trained = training.load_checkpoint(tmp_path / "probe" / "checkpoint.pt", "classification")["model"]
+    torch.manual_seed(0)
+    fresh = finetune_cls.BeitForClassification(beit.finetuned_config(None, "tiny", 16, 0.0), 4).state_dict()
+    changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
+    assert changed and all(name.startswith(("fc_norm.", "head.")) for name in changed)
+
+
+def test_shared_table_becomes_one_per_block_at_another_size():
+    """A pre-trained model with a shared table and an absolute one load into a classifier at twice the size."""
+    for positions in ("shared", "absolute"):
+        source = tiny_mim(positions=positions)
+        init = {"config": vars(source.config)}
+        config = beit.finetuned_config(init, None, 16, 0.0)
+        model = finetune_cls.BeitForClassification(config, 3)
+        beit.load_backbone(model, source.state_dict())
+        assert model(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+        if positions == "shared":
+            expected = beit.resize_relative_table(source.rel_pos_bias.relative_position_bias_table.data, 8)
+            assert torch.equal(model.blocks[1].attn.relative_position_bias_table, expected)
+
+
+def test_weights_that_do_not_fit_are_named():
+    state = tiny_mim().state_dict()
+    del state["blocks.1.norm1.weight"]
+    state["surprise"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="missing blocks.1.norm1.weight; unknown surprise"):
+        beit.load_backbone(finetune_cls.BeitForClassification(tiny_config(), 3), state)
+
+
+# ---------------------------------------------------------------- segmentation
+
+
+def test_mean_iou_by_hand():
+    """Truth 0 0 1 1 2 ignored, guess 0 1 1 1 0 2: IoU 1/3, 2/3, 0; three of five pixels right."""
+    truth, guess = torch.tensor([0, 0, 1, 1, 2, data.IGNORE]), torch.tensor([0, 1, 1, 1, 0, 2])
+    matrix = finetune_seg.confusion_matrix(truth, guess, 4)  # class 3 occurs nowhere and does not count
+    miou, accuracy = finetune_seg.mean_iou(matrix)
+    assert miou == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3) and accuracy == pytest.approx(60)
+
+
+def test_decoder_reaches_full_resolution():
+    for patch in (2, 4, 8):
+        model = finetune_seg.BeitForSegmentation(tiny_config(image_size=16, patch_size=patch), 5, 8)
+        assert model(torch.randn(1, 3, 16, 16)).shape == (1, 5, 16, 16)
+
+
+def test_segmentation_does_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    model, x = finetune_seg.BeitForSegmentation(tiny_config(), 5, 8), torch.randn(3, 3, 8, 8)
+    assert torch.allclose(model(x)[:1], model(x[:1]), atol=1e-5)
+
+
+def test_sliding_window():
+    torch.manual_seed(0)
+    model = finetune_seg.BeitForSegmentation(tiny_config(), 5, 8).eval()
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.allclose(finetune_seg.slide(model, x), model(x), atol=1e-6)
+    wide = torch.randn(1, 3, 8, 13)
+    logits = finetune_seg.slide(model, wide)
+    first, second = model(wide[..., :8]), model(wide[..., 5:])
+    assert logits.shape == (1, 5, 8, 13)
+    assert torch.allclose(logits[..., :5], first[..., :5], atol=1e-5)
+    assert torch.allclose(logits[..., 5:8], (first[..., 5:] + second[..., :3]) / 2, atol=1e-5)
+
+
+def test_segmentation_crops_keep_image_and_mask_together():
+    """The mask is a function of the image's red channel: it must stay so after scaling by 1, crop and flip."""
+    images = np.random.default_rng(0).integers(0, 4, (6, 20, 24, 3), np.uint8)
+    source = data.Arrays("six", images, masks=images[..., 0].copy())
+    flags = ["--out", "x", "--image-size", "16"]
+    args = training.parse_recipe(training.recipe_parser("", finetune_seg.RECIPES), finetune_seg.RECIPES, flags)
+    views, masks = finetune_seg.MaskedImages(args, source, 4, True).__getitems__([(e, i) for e in range(5) for i in range(6)])
+    assert views.shape == (30, 3, 16, 16) and torch.equal(views[:, 0], masks)
+
+
+# ---------------------------------------------------------------- figure 2
+
+
+def test_last_attention_is_what_the_last_block_uses():
+    model = tiny_mim(positions="shared")
+    x = torch.randn(1, 3, 8, 8)
+    weights = model.last_attention(x)
+    assert weights.shape == (1, 2, 17, 17) and torch.allclose(weights.sum(-1), torch.ones(1, 2, 17), atol=1e-5)
+    seen = []
+    model.blocks[-1].attn.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
+    beit.Beit.forward(model, x)
+    (h, _), out = seen[0]
+    last = model.blocks[-1].attn
+    assert torch.allclose(out, last.proj((weights @ last.project(h)[2]).transpose(1, 2).flatten(2)), atol=1e-5)
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_resampling_agrees_with_torch_and_keeps_constants():
+    """Bicubic antialiased shrinking is what torch's own does (a = -1/2 there too); a constant stays one."""
+    x = torch.rand(2, 3, 20, 30)
+    box = torch.tensor([[0.0, 0, 20, 30]]).expand(2, 4)
+    ours = data.crop_resize(x, box, 8, data.cubic)
+    assert torch.allclose(ours, F.interpolate(x, (8, 8), mode="bicubic", antialias=True), atol=1e-5)
+    for kernel in data.FILTERS.values():
+        assert torch.allclose(data.crop_resize(torch.ones_like(x), box, 11, kernel), torch.ones(2, 3, 11, 11), atol=1e-5)
+
+
+def test_both_views_show_the_same_crop():
+    """Shrinking the large view gives the small one, up to the filters' difference."""
+    source = data.shapes("val")
+    crops = data.Crops(source, [(32, "bicubic"), (16, "lanczos")], True, seed=3, min_crop=0.4, flip=True, jitter=0.4)
+    large, small = (v.float() for v in crops.__getitems__([(0, i) for i in range(40)]))
+    shrunk = F.interpolate(large, (16, 16), mode="bicubic", antialias=True)
+    assert (shrunk - small).abs().mean() < 2.5
+    assert (shrunk.flip(0) - small).abs().mean() > 25  # other images are far
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(arrays):
+    crops = data.Crops(data.open_source(arrays, "train"), [(16, "bicubic")], True, 7, 0.3, True, 0.4)
+    (together,) = crops.__getitems__([(2, i) for i in range(8)])
+    (alone,) = crops.__getitems__([(2, 5)])
+    (later,) = crops.__getitems__([(3, 5)])
+    assert torch.equal(together[5:6], alone) and not torch.equal(alone, later)
+
+
+def test_batches_are_a_function_of_the_step():
+    """A run resumed at step 7, and two processes together, see the samples that one whole run sees."""
+    whole = list(data.StepBatches(20, 4, 0, 1, seed=5, first=0, last=12))
+    assert list(data.StepBatches(20, 4, 0, 1, seed=5, first=7, last=12)) == whole[7:]
+    halves = zip(*(data.StepBatches(20, 2, rank, 2, seed=5, first=0, last=12) for rank in (0, 1)))
+    assert [sorted(a + b) for a, b in halves] == [sorted(batch) for batch in whole]
+    assert sorted(i for batch in whole[:5] for _, i in batch) == list(range(20))
+
+
+def test_shapes_are_deterministic_and_labelled():
+    uniforms = np.stack([np.random.default_rng((0, i)).random(40) for i in range(64)])
+    images, labels, masks = data.draw_shapes(uniforms, 32)
+    again, _, _ = data.draw_shapes(uniforms[10:20], 32)
+    assert np.array_equal(images[10:20], again)
+    assert images.dtype == np.uint8 and set(labels) == set(range(8))
+    for label, mask in zip(labels, masks):  # the large shape in front is the class
+        assert np.bincount(mask[mask > 0]).argmax() == label + 1
+
+
+def test_grey_becomes_three_equal_channels():
+    source = data.Arrays("grey", np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4))
+    images = source.read([0, 1])
+    assert images.shape == (2, 4, 4, 3) and (images[..., 0] == images[..., 2]).all()
+
+
+@pytest.mark.parametrize("destination", ["set.npz", "folder"])
+def test_convert_once(arrays, tmp_path, destination):
+    data.main([arrays, str(tmp_path / destination), "--size", "8"])
+    source = data.open_source(str(tmp_path / destination), "train")
+    assert source.images.shape == (32, 8, 8, 3) and len(source.labels) == 32 and source.masks.shape == (32, 8, 8)
+    assert isinstance(source.images, np.memmap) == (destination == "folder")
+
+
+def test_image_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = np.full((10 + i, 14, 3), 100 * i, np.uint8)
+                image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    source = data.open_source(str(tmp_path), "train")
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1, 1]
+    crops = data.Crops(source, [(8, "bicubic")], True)
+    assert crops.__getitems__([(0, i) for i in range(4)])[0].shape == (4, 3, 8, 8)
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(b"not an image")
+    assert crops.__getitems__([(0, 0)])[0].shape == (1, 3, 8, 8) and crops.trouble() == {"skipped": 1}
+    with pytest.raises(ValueError, match="0.png is not a readable image"):
+        data.Crops(source, [(8, "bicubic")], False).__getitems__([(-1, 0)])
+
+
+def test_ade_folder(tmp_path):
+    """Annotation value 0 is ignored, 1 is class 0."""
+    image = pytest.importorskip("PIL.Image")
+    for part in ("images/training", "annotations/training"):
+        (tmp_path / part).mkdir(parents=True)
+    image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "images/training/a.jpg")
+    image.fromarray(np.array([[0, 1], [150, 7]], np.uint8).repeat(2, 0).repeat(2, 1)).save(
+        tmp_path / "annotations/training/a.png"
+    )
+    source = data.open_source(str(tmp_path), "train")
+    assert len(source.mask_classes) == 150
+    assert source.read_masks([0])[0, ::2, ::2].tolist() == [[data.IGNORE, 0], [149, 6]]
+
+
+# ---------------------------------------------------------------- schedules, pictures
+
+
+def test_schedules():
+    rates = [training.warmup_cosine(s, 100, 10, 1.0, 0.1) for s in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10] == pytest.approx(1) and rates[55] == pytest.approx(0.55) and min(rates[10:]) >= 0.1
+    linear = [training.warmup_linear(s, 100, 10, 2.0) for s in range(101)]
+    assert linear[9] == linear[10] == 2.0 and linear[55] == pytest.approx(1) and linear[100] == 0
+    assert training.cosine(0, 150_000, 1, 1 / 16) == 1 and training.cosine(150_000, 150_000, 1, 1 / 16) == 1 / 16
+    assert training.cosine(200_000, 150_000, 1, 1 / 16) == 1 / 16
+    assert [training.ramp(s, 5000, 6.6) for s in (0, 2500, 9000)] == [0, 3.3, 6.6] and training.ramp(0, 0, 2.0) == 2.0
+
+
+def test_png_can_be_read(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    training.write_png(tmp_path / "a.png", pixels)
+    assert np.array_equal(np.asarray(image.open(tmp_path / "a.png")), pixels)
+
+
+# ---------------------------------------------------------------- the scripts, alone and under torchrun
+
+
+@pytest.fixture(scope="session")
+def arrays(tmp_path_factory):
+    """A small data set with labels and masks, as a .npz: 32 training and 16 validation images of 16 x 16."""
+    rng = np.random.default_rng(0)
+    content = {}
+    for split, count in (("train", 32), ("val", 16)):
+        content[f"{split}_images"] = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
+        content[f"{split}_labels"] = np.arange(count) % 4
+        content[f"{split}_masks"] = (content[f"{split}_images"][..., 0] > 128).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **content)
+    return str(path)
+
+
+COMMON = ["--device", "cpu", "--amp", "off", "--log-every", "1", "--batch-size", "8"]
+TOKENIZER = ["--image-size", "16", "--vocab-size", "16", "--hidden", "8", "--code-dim", "8", "--tau-steps", "2"]
+SCRIPTS = {
+    "tokenizer": ["train_tokenizer.py", *TOKENIZER, "--steps", "4", "--warmup-steps", "1"],
+    "beit": ["pretrain.py", "--image-size", "16", "--token-size", "16", "--min-block", "2", "--epochs", "1",
+             "--warmup-epochs", "0.25"],
+    "cls": ["finetune_cls.py", "--image-size", "16", "--epochs", "1", "--warmup-epochs", "0.25"],
+    "seg": ["finetune_seg.py", "--image-size", "16", "--steps", "4", "--warmup-steps", "1"],
+}  # fmt: skip
+RESULTS = {
+    "tokenizer": {"reconstruction_mse", "codebook_perplexity", "codebook_used"},
+    "beit": {"mim_loss", "mim_accuracy"},
+    "cls": {"top1", "top5"},
+    "seg": {"miou", "pixel_accuracy"},
+}
+MODULES = {"tokenizer": train_tokenizer, "beit": pretrain, "cls": finetune_cls, "seg": finetune_seg}
+
+
+def script_flags(stage, arrays, made):
+    """Flags of a short run of one script on the small data set, after the scripts before it."""
+    flags = [*SCRIPTS[stage][1:], *COMMON, "--data", arrays]
+    if stage == "beit":
+        flags += ["--tokenizer", str(made / "tokenizer" / "checkpoint.pt")]
+    if stage in ("cls", "seg"):
+        flags += ["--init", str(made / "beit" / "checkpoint.pt")]
+    return flags
+
+
+@pytest.fixture(scope="session")
+def made(arrays, tmp_path_factory):
+    """Every script run once, in order, in this process: a folder of their --out folders."""
+    made = tmp_path_factory.mktemp("made")
+    for stage, module in MODULES.items():
+        module.main([*script_flags(stage, arrays, made), "--out", str(made / stage)])
+    return made
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_script_writes_its_result_checkpoint_and_pictures(stage, made):
+    final = training.read_metrics(made / stage)[-1]
+    assert final["final"] is True and RESULTS[stage] <= final.keys()
+    assert all(math.isfinite(final[name]) for name in RESULTS[stage])
+    steps = [m["step"] for m in training.read_metrics(made / stage) if "loss" in m]
+    assert steps == [1, 2, 3, 4]
+    pictures = {"tokenizer": "reconstructions.png", "beit": "predictions.png", "seg": "segmentation.png"}
+    for name in {"loss.png", pictures.get(stage, "loss.png"), "checkpoint.pt"}:
+        assert (made / stage / name).stat().st_size > 100
+
+
+def weights(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {name: value for name, value in state["model"].items() if value.is_floating_point()}
+
+
+def assert_same_weights(a, b, tolerance):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_resumed_run_ends_with_the_same_bits(stage, arrays, made, tmp_path, monkeypatch):
+    """Stopped after two of four steps and resumed."""
+
+    class Stop(Exception):
+        pass
+
+    save = training.save_checkpoint
+
+    def save_and_stop(*args, **more):
+        save(*args, **more)
+        raise Stop
+
+    flags = [*script_flags(stage, arrays, made), "--save-every", "2", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    with pytest.raises(Stop):
+        MODULES[stage].main(flags)
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    MODULES[stage].main([*flags, "--resume"])
+    assert_same_weights(made / stage, tmp_path / "run", 0)
+
+
+def torchrun(*command, processes=2):
+    """Run a script under torchrun with one thread a process; return the completed process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*launcher, *command], cwd=HERE, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_two_processes_equal_one(stage, arrays, made, tmp_path):
+    """The same global batch over two processes with two accumulation passes each: the same weights after 4 steps.
+
+    The tokenizer is compared without Gumbel noise (--quantizer vq, no code revived later) and batch statistics.
+    """
+    flags = script_flags(stage, arrays, made)
+    one = made / stage
+    if stage == "tokenizer":
+        flags += ["--quantizer", "vq", "--no-normalise-logits"]
+        one = tmp_path / "one"
+        train_tokenizer.main([*flags, "--out", str(one)])
+    done = torchrun(SCRIPTS[stage][0], *flags, "--out", str(tmp_path / "two"), "--accumulate", "2")
+    assert done.returncode == 0, done.stderr
+    # AdamW's first steps are lr * sign(gradient) where a gradient is next to nothing: rounding shows there.
+    assert_same_weights(one, tmp_path / "two", 2e-4)
+    a, b = training.read_metrics(one), training.read_metrics(tmp_path / "two")
+    for x, y in zip(a, b):
+        if "loss" in x and stage != "tokenizer":
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+def test_workers_change_nothing(arrays, made, tmp_path):
+    pretrain.main([*script_flags("beit", arrays, made), "--out", str(tmp_path / "run"), "--workers", "2"])
+    assert_same_weights(made / "beit", tmp_path / "run", 0)
+
+
+def test_evaluate_only_and_figure_2(arrays, made, tmp_path, capsys):
+    for stage in ("cls", "seg"):
+        checkpoint = str(made / stage / "checkpoint.pt")
+        MODULES[stage].main(["--eval", "--init", checkpoint, "--data", arrays, "--device", "cpu", "--amp", "off"])
+        final = training.read_metrics(made / stage)[-1]
+        name = "top1" if stage == "cls" else "miou"
+        assert f"{name} {final[name]:.5g}" in capsys.readouterr().out
+    picture = tmp_path / "attention.png"
+    visualize_attention.main(
+        [str(made / "beit" / "checkpoint.pt"), "3", "--data", arrays, "--points", "0,0", "3,2", "--out", str(picture)]
+    )
+    assert picture.stat().st_size > 100
+
+
+# ---------------------------------------------------------------- bad input: one line, status 2, nothing lost
+
+
+def bad_inputs(arrays, made, tmp_path):
+    """{case: (script, flags, what the line must say)}; every case is one wrong thing in a command that works."""
+    folder = tmp_path / "images"
+    (folder / "train" / "empty").mkdir(parents=True)
+    content = dict(np.load(arrays))
+    wrong = {
+        "float": content | {"train_images": content["train_images"].astype(np.float32)},
+        "flat": content | {"train_images": content["train_images"].reshape(32, -1)},
+        "labels": content | {"train_labels": content["train_labels"] - 1},
+        "val-labels": content | {"val_labels": content["val_labels"] + 1},
+        "count": content | {"train_labels": content["train_labels"][:5]},
+        "no-labels": {k: v for k, v in content.items() if "labels" not in k},
+        "no-masks": {k: v for k, v in content.items() if "masks" not in k},
+        "val-masks": content | {"val_masks": content["val_masks"] + np.uint8(7)},
+        "pickled": content | {"train_images": np.array([{}] * 32, dtype=object)},
+    }
+    for name, arrays_ in wrong.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays_)
+    (tmp_path / "half.pt").write_bytes((made / "beit" / "checkpoint.pt").read_bytes()[:20_000])
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(os.system))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious.txt").write_text("keep me")
+    flags = {stage: script_flags(stage, arrays, made) for stage in SCRIPTS}
+    npz = {name: ["--data", str(tmp_path / f"{name}.npz")] for name in wrong}
+    return {
+        "missing path": ("cls", ["--data", "nowhere"], "nowhere: no such file or folder"),
+        "empty class folder": ("cls", ["--data", str(folder)], "an empty class folder"),
+        "no split": ("cls", ["--eval-split", "test"], "test_images"),
+        "array type": ("cls", npz["float"], "images are float32"),
+        "array shape": ("cls", npz["flat"], "(32, 768)"),
+        "label range": ("cls", npz["labels"], "label -1 is out of range"),
+        "held-out label range": ("cls", npz["val-labels"], "label 4 is out of range for 4 classes"),
+        "label count": ("cls", npz["count"], "labels are int64 (5,)"),
+        "no labels": ("cls", npz["no-labels"], "no class labels"),
+        "no masks": ("seg", npz["no-masks"], "no masks"),
+        "mask range": ("seg", npz["val-masks"], "mask value 7 is out of range for 2 classes"),
+        "pickled array": ("cls", npz["pickled"], "allow_pickle=False"),
+        "too few labels": ("cls", ["--labels-per-class", "9"], "has 8 images, not 9"),
+        "batch larger than set": ("cls", ["--batch-size", "64"], "fewer than the batch size 64"),
+        "batch not divisible": ("cls", ["--accumulate", "3"], "batch size 8 does not divide"),
+        "grids differ": ("beit", ["--token-size", "8"], "2 tokens along 8 pixels but there are 4 patches"),
+        "patches do not divide": ("cls", ["--image-size", "18"], "18 is not a multiple of the patch size 4"),
+        "tokens do not divide": ("tokenizer", ["--image-size", "18"], "not a multiple of 4"),
+        "wrong kind": ("beit", ["--tokenizer", str(made / "cls" / "checkpoint.pt")], "is a classification checkpoint"),
+        "half a checkpoint": ("cls", ["--init", str(tmp_path / "half.pt")], "not a whole checkpoint"),
+        "code in a checkpoint": ("cls", ["--init", str(tmp_path / "code.pt")], "not a whole checkpoint"),
+        "no checkpoint": ("cls", ["--init", str(tmp_path / "none.pt")], "there is no checkpoint"),
+        "mask ratio": ("beit", ["--mask-ratio", "1.5"], "mask ratio 1.5 is outside (0, 1)"),
+        "masking": ("beit", ["--masking", "spiral"], "masking 'spiral' is none of"),
+        "recipe": ("cls", ["--recipe", "gigantic"], "unknown recipe 'gigantic'"),
+        "base needs data": ("tokenizer", ["--recipe", "base", "--data", "nowhere"], "nowhere: no such file"),
+        "model": ("cls", ["--init", "random", "--model", "huge"], "model 'huge' is none of"),
+        "option": ("cls", ["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+        "abbreviated option": ("cls", ["--epoch", "1"], "unrecognized arguments: --epoch"),
+        "option's value": ("cls", ["--lr", "fast"], "invalid float value: 'fast'"),
+        "device": ("cls", ["--device", "tpu"], "device 'tpu' is none of"),
+        "warm-up": ("cls", ["--warmup-epochs", "9"], "--warmup-epochs 9"),
+        "output not empty": ("cls", ["--out", str(full)], "not an empty folder"),
+        "nothing to resume": ("cls", ["--out", str(full), "--resume"], "no checkpoint.pt in"),
+        "resume with other settings": (
+            "cls", ["--out", str(made / "cls"), "--resume", "--seed", "9"], "--seed is 9, but",
+        ),
+    }, flags  # fmt: skip
+
+
+def test_bad_input_ends_with_one_line_and_status_2(arrays, made, tmp_path, capsys, monkeypatch):
+    cases, flags = bad_inputs(arrays, made, tmp_path)
+    before = (made / "cls" / "checkpoint.pt").read_bytes()
+    for case, (stage, wrong, says) in cases.items():
+        monkeypatch.setattr(sys, "argv", [SCRIPTS[stage][0]])
+        with pytest.raises(SystemExit) as stopped, training.one_line_errors():
+            MODULES[stage].main([*flags[stage], "--out", str(tmp_path / "new"), *wrong])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and says in error and error.count("\n") == 1, f"{case}: {error}"
+        assert not (tmp_path / "new" / "checkpoint.pt").exists(), case
+    assert (tmp_path / "full" / "precious.txt").read_text() == "keep me"
+    assert (made / "cls" / "checkpoint.pt").read_bytes() == before
+
+
+def test_error_in_a_real_process(tmp_path):
+    """The same through the shell: status 2, one line, no traceback."""
+    command = [sys.executable, "finetune_cls.py", "--init", "random", "--data", "nowhere", "--out", str(tmp_path / "x")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+def test_no_pillow_is_said_clearly(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ValueError, match="pip install pillow"):
+        data.decode(tmp_path / "a.png")
+
+
+def test_readme_names_every_script_and_flag_that_exists():
+    text = (HERE / "README.md").read_text()
+    for script in HERE.glob("*.py"):
+        assert script.name in text
