@@ -69,12 +69,12 @@ class Arrays:
 
     def read(self, indices):
         """uint8 images (B, H, W, 3); grey becomes three equal channels."""
-        images = np.asarray(self.images[indices])
+        images = np.array(self.images[indices])
         return images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
 
     def read_masks(self, indices):
         """uint8 masks (B, H, W)."""
-        return np.asarray(self.masks[indices])
+        return np.array(self.masks[indices])
 
 
 def class_names(given, values):
@@ -98,7 +98,7 @@ class Files:
     def read(self, indices):
         """uint8 image (1, H, W, 3). Raises ValueError naming a file that cannot be decoded."""
         (index,) = indices
-        return np.asarray(decode(self.paths[index]).convert("RGB"))[None]
+        return np.array(decode(self.paths[index]).convert("RGB"))[None]
 
     def read_masks(self, indices):
         """uint8 mask (1, H, W): ADE20K's value 0, "other", is ignored and the 150 classes move down by one."""

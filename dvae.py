@@ -35,7 +35,7 @@ class DVAEConfig:
     code_dim: int = 128  # width of the decoder's embedding of a code (and of VQ-VAE's codebook)
     quantizer: str = "gumbel"  # or "vq"
     likelihood: str = "logit-laplace"  # or "mse"
-    normalise_logits: bool = False  # small tokenizers only: see DVAE
+    normalise_logits: bool = False  # Gumbel-softmax at small scale only: see DVAE
 
     def __post_init__(self):
         if self.quantizer not in ("gumbel", "vq"):
@@ -176,6 +176,7 @@ class DVAE(nn.Module):
         super().__init__()
         self.config = config
         vq = config.quantizer == "vq"
+        self.logit_norm = None
         self.encoder = Encoder(config, config.code_dim if vq else config.vocab_size)
         self.decoder = Decoder(config, config.code_dim if vq else config.vocab_size)
         if vq:
@@ -197,7 +198,7 @@ class DVAE(nn.Module):
         float32 whatever autocast is on: softmax and argmax over thousands of codes want it.
         """
         y = self.encoder(map_pixels(x).contiguous(memory_format=torch.channels_last)).float()
-        if self.config.normalise_logits:
+        if self.logit_norm is not None:
             y = self.logit_norm(y) * self.logit_scale.exp()
         return y.permute(0, 2, 3, 1)
 

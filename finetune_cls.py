@@ -47,6 +47,7 @@ RECIPES = {
     "lr": (3e-3, 3e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
     "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),
     "layer_decay": (0.75, 0.75, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
+    "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
     "eval_images": (1000, 10_000, 50_000, 50_000, "held-out images to evaluate on, at most"),
@@ -245,7 +246,6 @@ def prepare(args, device):
     init = None
     if args.init != "random":
         init = training.load_checkpoint(args.init, *((KIND,) if args.eval else ("pretraining", KIND)))
-    held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     train_set = None
     if args.eval:
         model = BeitForClassification(BeitConfig(**init["config"]), init["classes"])
@@ -265,6 +265,7 @@ def prepare(args, device):
         if args.linear_probe:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
+    held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     statistics = init["normalise"] if init else "half"
     return model.to(device), train_set, LabelledViews(args, held_out, classes, False), statistics
 
@@ -284,7 +285,7 @@ def main(argv=None):
         training.Log(None, rank, 0).final(**result)
         return
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     out = training.open_output(args.out, args.resume, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
     steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))

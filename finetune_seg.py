@@ -41,6 +41,7 @@ RECIPES = {
     "batch_size": (32, 16, 16, 16, "images per step, all processes together"),
     "lr": (2e-3, 2e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
     "layer_decay": (0.75, 0.75, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
+    "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
     "eval_images": (500, 1000, 2000, 2000, "held-out images to evaluate on, at most"),
@@ -99,14 +100,9 @@ def slide(model, x):
 
 
 def confusion_matrix(truth, guess, classes):
-    """Pixel counts (C, C): row = true class, column = predicted class; IGNORE pixels do not count.
-
-    Raises ValueError on a true class that is out of range.
-    """
+    """Pixel counts (C, C): row = true class, column = predicted class; IGNORE pixels do not count."""
     counted = truth != data.IGNORE
     truth, guess = truth[counted].long(), guess[counted].long()
-    if truth.numel() and truth.max() >= classes:
-        raise ValueError(f"mask value {truth.max().item()} is out of range for {classes} classes ({data.IGNORE}: ignored)")
     return torch.bincount(truth * classes + guess, minlength=classes**2).view(classes, classes)
 
 
@@ -150,6 +146,17 @@ class MaskedImages(torch.utils.data.Dataset):
         if source.masks is None:
             raise ValueError(f"{source.name}: it has no masks to learn segmentation from")
         self.args, self.source, self.classes, self.train = args, source, classes, train
+        if isinstance(source, data.Arrays):  # files are checked as they are read
+            self.check(source.masks)
+
+    def check(self, masks):
+        """Raise ValueError if a mask value is neither a class nor IGNORE."""
+        wrong = masks[(masks != data.IGNORE) & (masks >= self.classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{self.source.name}: mask value {int(wrong[0])} is out of range for {self.classes} classes "
+                f"({data.IGNORE}: ignored)"
+            )
 
     def __len__(self):
         return len(self.source)
@@ -186,12 +193,7 @@ class MaskedImages(torch.utils.data.Dataset):
     def __getitems__(self, keys):
         images, masks = (torch.cat(parts) for parts in zip(*map(self.one, keys)))
         masks = masks[:, 0].byte()
-        wrong = masks[(masks != data.IGNORE) & (masks >= self.classes)]
-        if len(wrong):
-            raise ValueError(
-                f"{self.source.name}: mask value {wrong[0]} is out of range for {self.classes} classes "
-                f"({data.IGNORE}: ignored)"
-            )
+        self.check(masks)
         return [images.round().clamp(0, 255).byte(), masks]
 
 
@@ -242,7 +244,6 @@ def prepare(args, device):
     if args.init != "random":
         kinds = (KIND,) if args.eval else ("pretraining", "classification", KIND)
         init = training.load_checkpoint(args.init, *kinds)
-    held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     train_set = None
     if args.eval:
         model = BeitForSegmentation(BeitConfig(**init["config"]), init["classes"], init["decoder_dim"])
@@ -258,6 +259,7 @@ def prepare(args, device):
         model = BeitForSegmentation(config, len(source.mask_classes), args.decoder_dim)
         if init:
             load_backbone(model, init["model"])
+    held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     statistics = init["normalise"] if init else "half"
     return model.to(device), train_set, MaskedImages(args, held_out, model.classes, False), statistics
 
@@ -276,7 +278,7 @@ def main(argv=None):
         training.Log(None, rank, 0).final(**result)
         return
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     out = training.open_output(args.out, args.resume, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
     train_model = training.wrap(model, device, args.compile)

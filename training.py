@@ -119,12 +119,14 @@ def setup(device):
         raise ValueError(f"device {device!r} is none of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU: use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    device = torch.device(device)
     if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        return torch.device(device), dist.get_rank(), dist.get_world_size()
-    return torch.device(device), 0, 1
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return device, dist.get_rank(), dist.get_world_size()
+    return device, 0, 1
 
 
 def rank_batch(batch_size, accumulate, world):
@@ -153,11 +155,11 @@ def precision(amp, device):
 
 
 def wrap(model, device, compile_model):
-    """(what to call in the loop: compiled and in DistributedDataParallel as asked)."""
+    """What the loop calls: the model, compiled and in DistributedDataParallel as asked."""
     wrapped = torch.compile(model) if compile_model else model
     if dist.is_initialized():
-        ids = [device.index if device.index is not None else torch.cuda.current_device()]
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids if device.type == "cuda" else None)
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
     return wrapped
 
 
