@@ -304,7 +304,7 @@ def cifar10(split, data_dir):
 # ---------------------------------------------------------------- images drawn here
 
 SHAPE_CLASSES = "disk ring square triangle star cross bar crescent".split()
-SHAPES_SIZE = 32
+SHAPES_SIZE = 24
 SHAPES_COUNT = {"train": 8000, "val": 1000, "test": 1000}
 
 
@@ -329,26 +329,29 @@ def shape_distance(kind, u, v):
     return np.maximum(radius - 0.95, 0.75 - np.hypot(u - 0.5, v))  # crescent
 
 
+def hue(h):
+    """Full-brightness colour around the hue circle: (n, 1, 1) in [0, 1] -> (n, 1, 1, 3)."""
+    return np.clip(np.abs((h[..., None] * 6 + np.array([0, 4, 2], np.float32)) % 6 - 3) - 1, 0, 1)
+
+
 def draw_shapes(uniforms, size):
     """Draw images from uniform numbers (n, 40): uint8 images (n, size, size, 3), labels (n,), masks (n, size, size).
 
-    Two small shapes first, then the large one in front whose kind is the label. Mask 0 is background, c + 1
-    is class c.
+    On a dark texture two small shapes, then the large one in front, whose kind is the label. Mask 0 is
+    background, c + 1 is class c.
     """
     n = len(uniforms)
     u = iter(uniforms.T[:, :, None, None].astype(np.float32))  # each next(u): (n, 1, 1)
     y, x = np.meshgrid(np.arange(size, dtype=np.float32), np.arange(size, dtype=np.float32), indexing="ij")
-    # Background: two colours mixed by the product of two plane waves.
-    ground, other = (np.stack([next(u) for _ in range(3)], axis=3) for _ in range(2))
     waves = [np.sin((next(u) - 0.5) * x + (next(u) - 0.5) * y + 6.3 * next(u)) for _ in range(2)]
-    images = ground + 0.5 * (other - ground) * (0.5 + 0.5 * waves[0] * waves[1])[..., None]
+    images = (0.5 + 0.5 * hue(next(u))) * (0.15 + 0.1 * waves[0] * waves[1])[..., None]
     masks = np.zeros((n, size, size), np.uint8)
-    for low, high in ((0.08, 0.14), (0.08, 0.14), (0.22, 0.36)):  # range of radii, in image sides
+    for low, high in ((0.1, 0.15), (0.1, 0.15), (0.28, 0.42)):  # range of radii, in image sides
         kind = np.floor(next(u)[:, 0, 0] * len(SHAPE_CLASSES)).astype(int)
         radius = (low + (high - low) * next(u)) * size
         cx, cy = (radius + (size - 2 * radius) * next(u) for _ in range(2))
-        turn = 2 * math.pi * next(u)
-        colour = np.stack([next(u) for _ in range(3)], axis=3)
+        turn = (next(u) - 0.5) * math.pi / 2  # at most 45 degrees either way
+        colour = hue(np.floor(next(u) * 6) / 6)
         du, dv = (x - cx) / radius, (y - cy) / radius
         du, dv = du * np.cos(turn) + dv * np.sin(turn), dv * np.cos(turn) - du * np.sin(turn)
         distance = np.empty((n, size, size), np.float32)
