@@ -480,18 +480,15 @@ def colour_jitter(images, factors):
     return (grey + (images - grey) * saturation).clamp(0, 1)
 
 
-class Crops(Dataset):
-    """One random crop, flip and colour jitter of each image, resized to one or more views.
+class Samples(Dataset):
+    """A source to train on or to evaluate. A batch of keys (epoch, index) is fetched with __getitems__.
 
-    views: list of (size, filter name). train=False: the centred square of `centre` of the short side, as it
-    is. Keys are (epoch, index); a batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view.
-    An unreadable file is an error in evaluation; in training the next readable one takes its place, is
+    An unreadable file is an error in evaluation; in training the next readable one takes its place, it is
     named on stderr and counted in `skipped`.
     """
 
-    def __init__(self, source, views, train, seed=0, min_crop=1.0, flip=False, jitter=0.0, centre=1.0):
-        self.source, self.views, self.train, self.seed = source, views, train, seed
-        self.min_crop, self.flip, self.jitter, self.centre = min_crop, flip, jitter, centre
+    def __init__(self, source, train, seed):
+        self.source, self.train, self.seed = source, train, seed
         self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # summed over loader processes
 
     def __len__(self):
@@ -502,17 +499,31 @@ class Crops(Dataset):
         skipped = int(self.skipped)
         return {"skipped": skipped} if skipped else {}
 
-    def read(self, indices):
-        """source.read, but in training a bad file is replaced by the next one that can be read."""
-        if not self.train:
-            return self.source.read(indices)
+    def read(self, indices, *readers):
+        """[reader(indices) for each reader], a bad file replaced in training by the next that can be read."""
         for offset in range(100):
             try:
-                return self.source.read([(i + offset) % len(self) for i in indices])
+                moved = [(i + offset) % len(self) for i in indices]
+                return [reader(moved) for reader in readers]
             except ValueError as error:
+                if not self.train:
+                    raise
                 self.skipped += 1
                 print(f"skipped: {error}", file=sys.stderr)
         raise ValueError(f"{self.source.name}: 100 files in a row cannot be read")
+
+
+class Crops(Samples):
+    """One random crop, flip and colour jitter of each image, resized to one or more views.
+
+    views: list of (size, filter name). train=False: the centred square of `centre` of the short side, as it
+    is. A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view.
+    """
+
+    def __init__(self, source, views, train, seed=0, min_crop=1.0, flip=False, jitter=0.0, centre=1.0):
+        super().__init__(source, train, seed)
+        self.views, self.centre = views, centre
+        self.min_crop, self.flip, self.jitter = min_crop, flip, jitter
 
     def draw(self, key, height, width):
         """What is random about one sample: (box, flip, three colour factors)."""
@@ -525,7 +536,7 @@ class Crops(Dataset):
 
     def crop(self, keys):
         """The views of samples whose images are of one size."""
-        images = self.read([index for _, index in keys])
+        (images,) = self.read([index for _, index in keys], self.source.read)
         height, width = images.shape[1:3]
         boxes, flips, factors = (torch.tensor(d) for d in zip(*(self.draw(k, height, width) for k in keys)))
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
@@ -565,6 +576,8 @@ class StepBatches(Sampler):
     """
 
     def __init__(self, size, batch, rank, world, seed, first, last):
+        if first >= last:
+            raise ValueError(f"step {first} of {last}: this run is finished, there is nothing to resume")
         self.steps_per_epoch = steps_per_epoch(size, batch * world)
         self.batch, self.first, self.last = batch, first, last
         self.sampler = DistributedSampler(range(size), world, rank, seed=seed, drop_last=True)

@@ -27,8 +27,8 @@ from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone,
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
     "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path, see data.py"),
-    "image_size": (32, 28, 224, 224, "pixels; other than in pre-training, positions are interpolated"),
-    "labels_per_class": (0, 100, 0, 0, "train on a balanced subset, drawn by the seed; 0: all"),
+    "image_size": (24, 28, 224, 224, "pixels; other than in pre-training, positions are interpolated"),
+    "labels_per_class": (100, 100, 0, 0, "train on a balanced subset, drawn by the seed; 0: all"),
     "model": ("tiny", "tiny", "base", "large", "size with --init random; a checkpoint brings its own"),
     "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
     # augmentation
@@ -41,10 +41,10 @@ RECIPES = {
     "smoothing": (0.1, 0.1, 0.1, 0.1, "label smoothing"),
     "eval_crop": (1.0, 1.0, 224 / 256, 224 / 256, "share of the short side to evaluate on; all from 384 pixels on"),
     # optimisation
-    "epochs": (20.0, 25.0, 100.0, 50.0, "passes over the labelled images"),
-    "warmup_epochs": (2.0, 2.5, 20.0, 5.0, "of linear warm-up"),
-    "batch_size": (64, 64, 1024, 1024, "images per step, all processes together; scale lr with it"),
-    "lr": (3e-3, 3e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
+    "epochs": (15.0, 12.5, 100.0, 50.0, "passes over the labelled images"),
+    "warmup_epochs": (1.5, 1.25, 20.0, 5.0, "of linear warm-up"),
+    "batch_size": (40, 50, 1024, 1024, "images per step, all processes together; scale lr with it"),
+    "lr": (1e-3, 1e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
     "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),
     "layer_decay": (0.75, 0.75, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),

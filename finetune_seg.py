@@ -24,7 +24,7 @@ from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone,
 RECIPES = {
     # name: (demo, fashion, base, large, help). base is the paper's appendix, for ADE20K.
     "data": ("shapes", "fashion-scenes", None, None, "data set with masks: a name or a path, see data.py"),
-    "image_size": (32, 56, 512, 512, "pixels of the crop; other than in pre-training, positions are interpolated"),
+    "image_size": (24, 56, 512, 512, "pixels of the crop; other than in pre-training, positions are interpolated"),
     "train_images": (0, 500, 0, 0, "train on so many images, drawn by the seed; 0: all"),
     "model": ("tiny", "tiny", "base", "large", "size with --init random; a checkpoint brings its own"),
     "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
@@ -135,7 +135,7 @@ def pad(image, mask, size):
     return F.pad(image, (0, right, 0, bottom)), F.pad(mask, (0, right, 0, bottom), value=data.IGNORE)
 
 
-class MaskedImages(torch.utils.data.Dataset):
+class MaskedImages(data.Samples):
     """Images with per-pixel classes. A batch of keys (epoch, index) gives uint8 images (B, 3, S, S), masks (B, S, S).
 
     Training: resize by a random factor, a random crop S x S with at most 75 % of one class (ten tries), flip,
@@ -145,7 +145,8 @@ class MaskedImages(torch.utils.data.Dataset):
     def __init__(self, args, source, classes, train):
         if source.masks is None:
             raise ValueError(f"{source.name}: it has no masks to learn segmentation from")
-        self.args, self.source, self.classes, self.train = args, source, classes, train
+        super().__init__(source, train, args.seed)
+        self.args, self.classes = args, classes
         if isinstance(source, data.Arrays):  # files are checked as they are read
             self.check(source.masks)
 
@@ -158,14 +159,12 @@ class MaskedImages(torch.utils.data.Dataset):
                 f"({data.IGNORE}: ignored)"
             )
 
-    def __len__(self):
-        return len(self.source)
-
     def one(self, key):
         """Image (1, 3, H, W) and mask (1, 1, H, W) of one key, as float."""
         args, size = self.args, self.args.image_size
-        image = torch.from_numpy(self.source.read([key[1]])).permute(0, 3, 1, 2).float()
-        mask = torch.from_numpy(self.source.read_masks([key[1]]))[:, None].float()
+        image, mask = self.read([key[1]], self.source.read, self.source.read_masks)
+        image = torch.from_numpy(image).permute(0, 3, 1, 2).float()
+        mask = torch.from_numpy(mask)[:, None].float()
         if image.shape[-2:] != mask.shape[-2:]:
             raise ValueError(f"{self.source.name} {key[1]}: image {image.shape[-2:]} and mask {mask.shape[-2:]} differ")
         rng = data.sample_rng(args.seed, *key)
@@ -308,7 +307,7 @@ def main(argv=None):
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()
-            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item())
+            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
         if step % args.save_every == 0 or step == args.steps:
             result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
             log.write(step=step, **result)

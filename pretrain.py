@@ -38,22 +38,22 @@ from masking import make_mask
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
     "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path, see data.py"),
-    "image_size": (32, 28, 224, 224, "pixels of the view that is cut into patches"),
-    "token_size": (32, 28, 112, 112, "pixels of the same crop as the tokenizer sees it: as many tokens as patches"),
+    "image_size": (24, 28, 224, 224, "pixels of the view that is cut into patches"),
+    "token_size": (24, 28, 112, 112, "pixels of the same crop as the tokenizer sees it: as many tokens as patches"),
     "normalise": ("half", "half", "imagenet", "imagenet", "mean and std of the pixels: half (0.5) or imagenet"),
-    "min_crop": (0.5, 1.0, 0.08, 0.08, "smallest share of the area that a random crop keeps; 1: no crop"),
+    "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area that a random crop keeps; 1: no crop"),
     "flip": (True, True, True, True, "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, "brightness, contrast and saturation vary by this share"),
     # masking
     "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise, printed (Algorithm 1's letter), random"),
     "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "share of the patches to mask, at most: 75 of 196 in the paper"),
-    "min_block": (6, 4, 16, 16, "smallest block, in patches"),
+    "min_block": (4, 4, 16, 16, "smallest block, in patches"),
     # backbone
     "model": ("tiny", "tiny", "base", "large", "size of the backbone, see MODELS in beit.py"),
-    "positions": ("absolute", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
+    "positions": ("shared", "shared", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
     "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
     # optimisation
-    "epochs": (10.0, 6.0, 800.0, 800.0, "passes over the images"),
+    "epochs": (16.0, 6.0, 800.0, 800.0, "passes over the images"),
     "warmup_epochs": (1.0, 0.3, 10.0, 10.0, "of linear warm-up"),
     "batch_size": (128, 128, 2048, 2048, "images per step, all processes together; scale lr with it"),
     "lr": (2e-3, 2e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),

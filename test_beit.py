@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -440,7 +441,7 @@ def test_erasing_erases_one_rectangle():
 
 def test_linear_probe_trains_norm_and_head_only(arrays, tmp_path):
     flags = ["--recipe", "demo", "--data", arrays, "--init", "random", "--image-size", "16", "--batch-size", "8"]
-    flags += ["--epochs", "1", "--warmup-epochs", "0", "--linear-probe", "--device", "cpu"]
+    flags += ["--epochs", "1", "--warmup-epochs", "0", "--linear-probe", "--device", "cpu", "--labels-per-class", "0"]
     finetune_cls.main([*flags, "--out", str(tmp_path / "probe")])
     trained = training.load_checkpoint(tmp_path / "probe" / "checkpoint.pt", "classification")["model"]
     torch.manual_seed(0)
@@ -673,7 +674,7 @@ SCRIPTS = {
     "tokenizer": ["train_tokenizer.py", *TOKENIZER, "--steps", "4", "--warmup-steps", "1"],
     "beit": ["pretrain.py", "--image-size", "16", "--token-size", "16", "--min-block", "2", "--epochs", "1",
              "--warmup-epochs", "0.25"],
-    "cls": ["finetune_cls.py", "--image-size", "16", "--epochs", "1", "--warmup-epochs", "0.25"],
+    "cls": ["finetune_cls.py", "--image-size", "16", "--labels-per-class", "0", "--epochs", "1", "--warmup-epochs", "0.25"],
     "seg": ["finetune_seg.py", "--image-size", "16", "--steps", "4", "--warmup-steps", "1"],
 }  # fmt: skip
 RESULTS = {
@@ -873,6 +874,7 @@ def bad_inputs(arrays, made, tmp_path):
         "warm-up": ("cls", ["--warmup-epochs", "9"], "--warmup-epochs 9"),
         "output not empty": ("cls", ["--out", str(full)], "not an empty folder"),
         "nothing to resume": ("cls", ["--out", str(full), "--resume"], "no checkpoint.pt in"),
+        "nothing left to do": ("cls", ["--out", str(made / "cls"), "--resume"], "step 4 of 4: this run is finished"),
         "resume with other settings": (
             "cls", ["--out", str(made / "cls"), "--resume", "--seed", "9"], "--seed is 9, but",
         ),
@@ -909,4 +911,9 @@ def test_no_pillow_is_said_clearly(tmp_path, monkeypatch):
 def test_readme_names_every_script_and_flag_that_exists():
     text = (HERE / "README.md").read_text()
     for script in HERE.glob("*.py"):
-        assert script.name in text
+        assert script.name in text or script.name == "test_beit.py"
+    known = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--size", "--points"}
+    for module in MODULES.values():
+        known |= {f"--{name.replace('_', '-')}" for name in module.RECIPES}
+    known |= set(training.recipe_parser("", {})._option_string_actions) | {"--init", "--tokenizer", "--eval", "--linear-probe"}
+    assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known

@@ -18,11 +18,11 @@ from dvae import DVAE, DVAEConfig
 RECIPES = {
     # name: (demo, fashion, base, large, help). base is DALL-E's appendix A; BEiT-large uses the same tokenizer.
     "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path, see data.py"),
-    "image_size": (32, 28, 256, 256, "pixels; the tokenizer is convolutional and takes other sizes later"),
-    "min_crop": (0.5, 1.0, 0.4, 0.4, "smallest share of the area that a random crop keeps; 1: no crop"),
+    "image_size": (24, 28, 256, 256, "pixels; the tokenizer is convolutional and takes other sizes later"),
+    "min_crop": (1.0, 1.0, 0.4, 0.4, "smallest share of the area that a random crop keeps; 1: no crop"),
     "flip": (True, True, True, True, "mirror half of the images"),
     # the networks
-    "vocab_size": (128, 512, 8192, 8192, "|V|, number of visual tokens"),
+    "vocab_size": (256, 512, 8192, 8192, "|V|, number of visual tokens"),
     "hidden": (32, 48, 256, 256, "width of the first group of residual blocks"),
     "groups": (3, 3, 4, 4, "groups of blocks: downsampling by 2, 4 or 8"),
     "blocks_per_group": (1, 1, 2, 2, "residual blocks in each group"),

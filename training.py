@@ -97,7 +97,7 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -268,9 +268,9 @@ def resume_checkpoint(out, kind, args, model, optimizer, scaler):
     """
     state = load_checkpoint(out / "checkpoint.pt", kind)
     for name, value in vars(args).items():
-        if name not in FREE_TO_CHANGE and state["arguments"][name] != value:
+        if name not in FREE_TO_CHANGE and state["arguments"].get(name) != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--resume: {flag} is {value}, but {out} was begun with {state['arguments'][name]}")
+            raise ValueError(f"--resume: {flag} is {value}, but {out} was begun with {state['arguments'].get(name)}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
