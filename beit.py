@@ -359,12 +359,14 @@ def resize_relative_table(table, grid):
 def load_backbone(model, state):
     """Copy a pre-trained or classification state dict into `model`, whatever its head and resolution.
 
-    What may differ is named here: heads and norms are the new model's own; e_[M] stays behind; a shared
-    relative table is copied into every block if the model has one per block; positions are interpolated.
-    Anything else that is missing, left over or of another shape raises ValueError with its name.
+    What may differ is named here: heads are the new model's own; the final norm and e_[M] are left out where
+    only one side has them; a shared relative table is copied into every block if the model has one per
+    block; positions are interpolated. Anything else that is missing, left over or of another shape raises ValueError with its name.
     """
     own = model.state_dict()
-    heads = ("lm_head.", "head.", "decoder.", "norm.", "fc_norm.", "mask_token")
+    heads = ["lm_head.", "head.", "decoder.", "fc_norm.", "mask_token"]
+    heads += ["norm."] if ("norm.weight" in own) != ("norm.weight" in state) else []
+    heads = tuple(heads)
     state = {k: v for k, v in state.items() if not k.startswith(heads) and "relative_position_index" not in k}
     shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None and model.config.positions == "relative":

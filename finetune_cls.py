@@ -41,8 +41,8 @@ RECIPES = {
     "smoothing": (0.1, 0.1, 0.1, 0.1, "label smoothing"),
     "eval_crop": (1.0, 1.0, 224 / 256, 224 / 256, "share of the short side to evaluate on; all from 384 pixels on"),
     # optimisation
-    "epochs": (15.0, 12.5, 100.0, 50.0, "passes over the labelled images"),
-    "warmup_epochs": (1.5, 1.25, 20.0, 5.0, "of linear warm-up"),
+    "epochs": (15.0, 10.0, 100.0, 50.0, "passes over the labelled images"),
+    "warmup_epochs": (1.5, 1.0, 20.0, 5.0, "of linear warm-up"),
     "batch_size": (40, 50, 1024, 1024, "images per step, all processes together; scale lr with it"),
     "lr": (1e-3, 1e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
     "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),

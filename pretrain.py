@@ -50,10 +50,10 @@ RECIPES = {
     "min_block": (4, 4, 16, 16, "smallest block, in patches"),
     # backbone
     "model": ("tiny", "tiny", "base", "large", "size of the backbone, see MODELS in beit.py"),
-    "positions": ("shared", "shared", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
+    "positions": ("shared", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
     "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
     # optimisation
-    "epochs": (16.0, 6.0, 800.0, 800.0, "passes over the images"),
+    "epochs": (16.0, 4.4, 800.0, 800.0, "passes over the images"),
     "warmup_epochs": (1.0, 0.3, 10.0, 10.0, "of linear warm-up"),
     "batch_size": (128, 128, 2048, 2048, "images per step, all processes together; scale lr with it"),
     "lr": (2e-3, 2e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),

@@ -37,15 +37,15 @@ RECIPES = {
     # name: (demo, fashion, help)
     "data": ("shapes", "fashion-mnist", "images to pre-train on and to classify"),
     "scenes": ("shapes", "fashion-scenes", "images with masks, to segment"),
-    "labels": ((20,), (100, 10), "labels per class to fine-tune the classifier with"),
-    "cls_epochs": ((25.0,), (12.5, 125.0), "passes over them, for equal steps"),
+    "labels": ((100,), (100, 10), "labels per class to fine-tune the classifier with"),
+    "cls_epochs": ((15.0,), (10.0, 100.0), "passes over them, for equal steps"),
     "cls_batch": (40, 50, "images per step of the classifier"),
     "seg_images": (200, 200, "images with masks to fine-tune the segmenter with"),
     "seeds": (1, 3, "fine-tuning runs per row, each with labelled images of its own"),
-    "cls_lr": ((3e-3,), (1e-3, 2e-3, 4e-3), "learning rates to choose from, for pre-trained weights"),
-    "cls_lr_random": ((1e-3,), (5e-4, 1e-3, 2e-3), "and for random weights"),
-    "seg_lr": ((2e-3,), (2e-3, 4e-3), "likewise for segmentation, pre-trained"),
-    "seg_lr_random": ((2e-3,), (1e-3, 2e-3, 4e-3), "and random"),
+    "cls_lr": ((1e-3,), (1e-3, 2e-3), "learning rates to choose from, for pre-trained weights"),
+    "cls_lr_random": ((5e-4,), (5e-4, 1e-3, 2e-3), "and for random weights"),
+    "seg_lr": ((4e-3,), (2e-3, 4e-3), "likewise for segmentation, pre-trained"),
+    "seg_lr_random": ((4e-3,), (2e-3, 4e-3, 8e-3), "and random"),
     "longer": (0, 4, "random weights also get so many times the steps; 0: not"),
 }
 COLUMNS = ("demo", "fashion")
@@ -182,7 +182,7 @@ def reproduce(runner, settings, recipe, data_dir):
     flags = (*common, "--data", settings["scenes"], "--train-images", settings["seg_images"])
     inits = {
         "BEiT": (beit_path, settings["seg_lr"], ()),
-        "random": ("random", settings["seg_lr_random"], ("--layer-decay", 1)),
+        "random": ("random", settings["seg_lr_random"], ()),
     }
     results["segmentation"] = contrast(
         runner, "seg", "finetune_seg.py", "miou", inits, flags, settings["seeds"], ("--steps", 0), 0

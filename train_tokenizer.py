@@ -32,11 +32,11 @@ RECIPES = {
     "normalise_logits": (True, True, False, False, "keep a small codebook from collapsing; not in the paper"),
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
     "tau": (1 / 16, 1 / 16, 1 / 16, 1 / 16, "final temperature of the Gumbel-softmax, from 1, cosine"),
-    "tau_steps": (300, 450, 150_000, 150_000, "steps until the final temperature"),
+    "tau_steps": (300, 350, 150_000, 150_000, "steps until the final temperature"),
     "beta": (1e-2, 1e-2, 6.6, 6.6, "final weight of the KL; in units of 1 / squared error with mse"),
     "beta_steps": (0, 0, 5000, 5000, "steps until the final KL weight"),
     # optimisation
-    "steps": (600, 900, 3_000_000, 3_000_000, "optimisation steps"),
+    "steps": (600, 700, 3_000_000, 3_000_000, "optimisation steps"),
     "batch_size": (64, 64, 512, 512, "images per step, all processes together"),
     "lr": (4e-3, 4e-3, 1e-4, 1e-4, "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-4, 1e-4, 1.25e-6, 1.25e-6, "final learning rate"),
