@@ -318,7 +318,7 @@ def geometric_offsets(old, new):
     q is found by bisection so that the last one reaches new-1: near offsets keep their meaning, far
     ones stretch. 14 -> 24 patches gives q 1.0903, 14 -> 32 gives 1.1349.
     """
-    low, high = 0.1, 1.5
+    low, high = 0.0, float(max(new - 1, 2))
     while high - low > 1e-9:
         q = (low + high) / 2
         low, high = (low, q) if np.sum(q ** np.arange(old - 1)) > new - 1 else (q, high)
@@ -344,11 +344,14 @@ def resize_relative_table(table, grid):
     """A relative table for another grid: ((2n-1)² + 3, heads) -> ((2 grid - 1)² + 3, heads).
 
     Cubic interpolation from geometric_offsets to unit spacing in both directions; the last three rows stay.
+    Raises ValueError for a grid of fewer than 3 patches, too few for a cubic.
     """
     side = math.isqrt(table.shape[0] - 3)
     old = (side + 1) // 2
     if old == grid:
         return table
+    if old < 3:
+        raise ValueError(f"a relative table of {old}x{old} patches is too small to resize to {grid}x{grid}")
     S = cubic_spline_matrix(geometric_offsets(old, grid), np.arange(-(grid - 1), grid, dtype=np.float64))
     S = torch.from_numpy(S)
     square = table[:-3].double().T.unflatten(1, (side, side))  # (heads, side, side)
@@ -356,18 +359,19 @@ def resize_relative_table(table, grid):
     return torch.cat([square.to(table.dtype), table[-3:]])
 
 
-def load_backbone(model, state):
-    """Copy a pre-trained or classification state dict into `model`, whatever its head and resolution.
+def load_backbone(model, state, with_head=False):
+    """Copy a pre-trained or fine-tuned state dict into `model`, whatever its head and resolution.
 
-    What may differ is named here: heads are the new model's own; the final norm and e_[M] are left out where
-    only one side has them; a shared relative table is copied into every block if the model has one per
-    block; positions are interpolated. Anything else that is missing, left over or of another shape raises ValueError with its name.
+    What may differ is named here: the head is the new model's own unless with_head; e_[M] is left out, and
+    the final norm where only one side has it; a shared relative table is copied into every block if the model
+    has one per block; positions are interpolated. Anything else that is missing, left over or of another shape
+    raises ValueError with its name.
     """
     own = model.state_dict()
-    heads = ["lm_head.", "head.", "decoder.", "fc_norm.", "mask_token"]
-    heads += ["norm."] if ("norm.weight" in own) != ("norm.weight" in state) else []
-    heads = tuple(heads)
-    state = {k: v for k, v in state.items() if not k.startswith(heads) and "relative_position_index" not in k}
+    heads = ("mask_token",) if with_head else ("mask_token", "lm_head.", "head.", "decoder.", "fc_norm.")
+    if ("norm.weight" in own) != ("norm.weight" in state):
+        heads += ("norm.",)
+    state = {k: v for k, v in state.items() if not k.startswith(heads)}
     shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None and model.config.positions == "relative":
         for l in range(model.config.depth):

@@ -12,22 +12,24 @@ Whatever is random about a sample is a function of (seed, epoch, index) and of n
 number of loader processes and torchrun processes changes no crop. Views leave here as uint8.
 """
 
-import argparse
 import copy
 import gzip
 import hashlib
 import math
+import os
 import random
 import sys
 import tarfile
+import tempfile
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from training import one_line_errors
+from training import Parser, one_line_errors
 
 IGNORE = 255  # mask value of pixels that neither loss nor mIoU counts
 SPLITS = ("train", "val", "test")
@@ -62,7 +64,7 @@ class Arrays:
         self.name, self.images, self.masks = name, images, masks
         self.labels = None if labels is None else np.asarray(labels, np.int64)
         self.classes = class_names(classes, self.labels)
-        self.mask_classes = class_names(mask_classes, masks if masks is None else masks[masks != IGNORE])
+        self.mask_classes = class_names(mask_classes, masks)
 
     def __len__(self):
         return len(self.images)
@@ -71,6 +73,10 @@ class Arrays:
         """uint8 images (B, H, W, 3); grey becomes three equal channels."""
         images = np.array(self.images[indices])
         return images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
+
+    def read_labels(self, indices):
+        """int64 labels (B,)."""
+        return self.labels[indices]
 
     def read_masks(self, indices):
         """uint8 masks (B, H, W)."""
@@ -81,7 +87,7 @@ def class_names(given, values):
     """Names as given; else the numbers from 0 to the largest value; none where there are no values."""
     if given is not None:
         return [str(name) for name in given]
-    return [] if values is None else [str(c) for c in range(values.max(initial=0) + 1)]
+    return [] if values is None else [str(c) for c in range(values.max(where=values != IGNORE, initial=0) + 1)]
 
 
 class Files:
@@ -100,10 +106,21 @@ class Files:
         (index,) = indices
         return np.array(decode(self.paths[index]).convert("RGB"))[None]
 
+    def read_labels(self, indices):
+        """int64 label (1,)."""
+        return self.labels[indices]
+
     def read_masks(self, indices):
         """uint8 mask (1, H, W): ADE20K's value 0, "other", is ignored and the 150 classes move down by one."""
         (index,) = indices
         return np.asarray(decode(self.masks[index]))[None] - np.uint8(1)  # 0 wraps round to 255 = IGNORE
+
+
+def check_names(held_out, trained, source):
+    """Raise ValueError unless class c of the held-out set is class c of training (it may lack the last ones)."""
+    if held_out != trained[: len(held_out)]:
+        wrong = next(name for c, name in enumerate(held_out) if trained[c : c + 1] != [name])
+        raise ValueError(f"{source.name}: its class {wrong!r} is not at the same place among the training classes")
 
 
 def balanced_subset(source, per_class, seed):
@@ -152,30 +169,37 @@ def decode(path):
         raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
+class NoSplit(ValueError):
+    """The data set is there, but has no such split."""
+
+
 def open_source(data, split, data_dir=None):
-    """The source that --data names. Raises ValueError saying what is wrong with it."""
+    """The source that --data names. Raises NoSplit, or ValueError saying what is wrong with it."""
     named = {"shapes": shapes, "fashion-mnist": fashion_mnist, "fashion-scenes": fashion_scenes, "cifar10": cifar10}
     if data in named:
         return named[data](split, data_dir)
     path = Path(data)
-    if path.suffix == ".npz" and path.is_file():
-        return arrays_source(path, np.load(path, allow_pickle=False), split)
-    if path.is_dir() and (path / f"{split}_images.npy").is_file():
-        found = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in path.glob("*.npy")}
-        return arrays_source(path, found, split)
+    try:
+        if path.suffix == ".npz" and path.is_file():
+            return arrays_source(path, np.load(path, allow_pickle=False), split)
+        if path.is_dir() and (path / f"{split}_images.npy").is_file():
+            found = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in path.glob("*.npy")}
+            return arrays_source(path, found, split)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole array file: {error}") from error
     if (path / "images").is_dir() and (path / "annotations").is_dir():
         return ade_source(path, split)
     if (path / split).is_dir():
         return folder_source(path / split)
     if path.exists():
-        raise ValueError(f"--data {data}: no split {split!r} in it (docs: python data.py --help)")
+        raise NoSplit(f"--data {data}: no split {split!r} in it (layouts: python data.py --help)")
     raise ValueError(f"--data {data}: no such file or folder, and not one of {', '.join(named)}")
 
 
 def arrays_source(path, arrays, split):
     """The split's arrays by their names: SPLIT_images, SPLIT_labels, SPLIT_masks, classes, mask_classes."""
     if f"{split}_images" not in arrays:
-        raise ValueError(f"{path}: no array {split}_images; it has {', '.join(sorted(arrays))}")
+        raise NoSplit(f"{path}: no array {split}_images; it has {', '.join(sorted(arrays))}")
     names = f"{split}_images", f"{split}_labels", f"{split}_masks", "classes", "mask_classes"
     return Arrays(f"{path} {split}", *(arrays[n] if n in arrays else None for n in names))
 
@@ -204,7 +228,7 @@ def ade_source(path, split):
     """ADE20K's layout: images/{training,validation}/*.jpg with annotations/{training,validation}/*.png."""
     part = {"train": "training", "val": "validation"}.get(split)
     if part is None:
-        raise ValueError(f"{path}: ADE20K's layout has no split {split!r}")
+        raise NoSplit(f"{path}: ADE20K's layout has no split {split!r}")
     paths = image_files(path / "images" / part)
     masks = [path / "annotations" / part / (p.stem + ".png") for p in paths]
     if not paths:
@@ -225,7 +249,7 @@ def fetch(name, url, folders):
             return folder / name
     target = folders[-1] / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".part")
+    partial = target.with_suffix(f".{os.getpid()}.part")  # torchrun's processes may all download
 
     def progress(blocks, size, total):
         print(f"\rdownloading {name}: {min(blocks * size, total) / 1e6:.1f} of {total / 1e6:.1f} MB", end="")
@@ -236,7 +260,8 @@ def fetch(name, url, folders):
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ValueError(f"cannot download {url} ({error}): fetch it yourself and point --data-dir at it") from error
-    return partial.rename(target)
+    os.replace(partial, target)
+    return target
 
 
 def data_folders(data_dir, *system):
@@ -351,7 +376,7 @@ def draw_shapes(uniforms, size):
         radius = (low + (high - low) * next(u)) * size
         cx, cy = (radius + (size - 2 * radius) * next(u) for _ in range(2))
         turn = (next(u) - 0.5) * math.pi / 2  # at most 45 degrees either way
-        colour = hue(np.floor(next(u) * 6) / 6)
+        colour = (0.6 + 0.4 * next(u))[..., None] * (0.6 + 0.4 * hue(next(u)))
         du, dv = (x - cx) / radius, (y - cy) / radius
         du, dv = du * np.cos(turn) + dv * np.sin(turn), dv * np.cos(turn) - du * np.sin(turn)
         distance = np.empty((n, size, size), np.float32)
@@ -469,15 +494,18 @@ def centre_box(height, width, share):
     return (height - side) / 2, (width - side) / 2, side, side
 
 
+def grey(images):
+    """Luma: (..., 3, H, W) -> (..., 1, H, W)."""
+    return (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
 def colour_jitter(images, factors):
     """Brightness, contrast and saturation scaled by factors (B, 3), in that order; (B, 3, H, W) in [0, 1]."""
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
-    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     images = (images * brightness).clamp(0, 1)
-    mean = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    mean = grey(images).mean((2, 3), keepdim=True)
     images = (mean + (images - mean) * contrast).clamp(0, 1)
-    grey = (images * luma).sum(1, keepdim=True)
-    return (grey + (images - grey) * saturation).clamp(0, 1)
+    return (grey(images) + (images - grey(images)) * saturation).clamp(0, 1)
 
 
 class Samples(Dataset):
@@ -517,12 +545,15 @@ class Crops(Samples):
     """One random crop, flip and colour jitter of each image, resized to one or more views.
 
     views: list of (size, filter name). train=False: the centred square of `centre` of the short side, as it
-    is. A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view.
+    is. A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view; with labels=True then
+    the labels (B,).
     """
 
-    def __init__(self, source, views, train, seed=0, min_crop=1.0, flip=False, jitter=0.0, centre=1.0):
+    def __init__(
+        self, source, views, train, seed=0, min_crop=1.0, flip=False, jitter=0.0, centre=1.0, labels=False
+    ):
         super().__init__(source, train, seed)
-        self.views, self.centre = views, centre
+        self.views, self.centre, self.labels = views, centre, labels
         self.min_crop, self.flip, self.jitter = min_crop, flip, jitter
 
     def draw(self, key, height, width):
@@ -535,8 +566,9 @@ class Crops(Samples):
         return box, self.flip and rng.random() < 0.5, factors
 
     def crop(self, keys):
-        """The views of samples whose images are of one size."""
-        (images,) = self.read([index for _, index in keys], self.source.read)
+        """The views, and labels, of samples whose images are of one size."""
+        readers = [self.source.read] + [self.source.read_labels] * self.labels
+        images, *labels = self.read([index for _, index in keys], *readers)
         height, width = images.shape[1:3]
         boxes, flips, factors = (torch.tensor(d) for d in zip(*(self.draw(k, height, width) for k in keys)))
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
@@ -550,7 +582,7 @@ class Crops(Samples):
             else:
                 view = crop_resize(images.float(), boxes.float(), size, FILTERS[kernel])
             views.append(view.round().clamp(0, 255).byte() if view.is_floating_point() else view)
-        return views
+        return [*views, *map(torch.from_numpy, labels)]
 
     def __getitems__(self, keys):
         if isinstance(self.source, Arrays):
@@ -576,8 +608,6 @@ class StepBatches(Sampler):
     """
 
     def __init__(self, size, batch, rank, world, seed, first, last):
-        if first >= last:
-            raise ValueError(f"step {first} of {last}: this run is finished, there is nothing to resume")
         self.steps_per_epoch = steps_per_epoch(size, batch * world)
         self.batch, self.first, self.last = batch, first, last
         self.sampler = DistributedSampler(range(size), world, rank, seed=seed, drop_last=True)
@@ -636,27 +666,39 @@ def normalise(images, statistics):
 # ---------------------------------------------------------------- python data.py: convert once
 
 
-def convert(source, size):
-    """Yield the source's images and masks, short side resized to `size`, centre-cropped: (size, size, 3), mask."""
+def centre_square(images, size):
+    """The centred square of uint8 images (B, H, W, 3), resized: uint8 (B, 3, size, size)."""
+    height, width = images.shape[1:3]
+    side = min(height, width)
+    box = torch.tensor([[(height - side) // 2, (width - side) // 2, side, side]]).expand(len(images), 4).float()
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return crop_resize(images, box, size, cubic).round().clamp(0, 255).byte()
+
+
+def centre_square_mask(mask, size):
+    """The same square of a mask (H, W), nearest: (size, size)."""
+    side = min(mask.shape)
+    centres = (np.arange(size) * 2 + 1) * side // (2 * size)
+    return mask[(mask.shape[0] - side) // 2 + centres][:, (mask.shape[1] - side) // 2 + centres]
+
+
+def convert(source, size, split, folder):
+    """Write one split as .npy files: images, and labels and masks where the source has them."""
+    shape = (len(source), size, size)
+    images = np.lib.format.open_memmap(folder / f"{split}_images.npy", "w+", np.uint8, (*shape, 3))
     for i in range(len(source)):
-        image = source.read([i])
-        height, width = image.shape[1:3]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        box = torch.tensor([[top, left, side, side]], dtype=torch.float32)
-        pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float()
-        pixels = crop_resize(pixels, box, size, cubic).round().clamp(0, 255).byte()[0].permute(1, 2, 0).numpy()
-        mask = None
-        if source.masks is not None:
-            centres = (np.arange(size) * 2 + 1) * side // (2 * size)
-            mask = source.read_masks([i])[0][top + centres][:, left + centres]
-        yield pixels, mask
+        images[i] = centre_square(source.read([i]), size)[0].permute(1, 2, 0).numpy()
+    if source.masks is not None:
+        masks = np.lib.format.open_memmap(folder / f"{split}_masks.npy", "w+", np.uint8, shape)
+        for i in range(len(source)):
+            masks[i] = centre_square_mask(source.read_masks([i])[0], size)
+    if source.labels is not None:
+        np.save(folder / f"{split}_labels.npy", source.labels)
+    print(f"{split}: {len(source)} images")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", help="a name or path, as --data takes")
     parser.add_argument("destination", help="a new .npz file, or a new folder for .npy files")
     parser.add_argument("--size", type=int, required=True, help="pixels along each side")
@@ -667,38 +709,25 @@ def main(argv=None):
         raise ValueError(f"{destination} exists already: choose a new name")
     if args.size < 1:
         raise ValueError(f"--size {args.size} is not a number of pixels")
-    folder = destination.with_suffix(".tmp") if destination.suffix == ".npz" else destination
-    folder.mkdir(parents=True)
-    arrays = {}
-    for split in SPLITS:
-        try:
-            source = open_source(args.source, split, args.data_dir)
-        except ValueError as error:
-            if split == "train":
-                raise
-            print(f"no {split} split: {error}")
-            continue
-        shape = (len(source), args.size, args.size)
-        writer = np.lib.format.open_memmap
-        arrays[f"{split}_images"] = writer(folder / f"{split}_images.npy", "w+", np.uint8, (*shape, 3))
-        if source.masks is not None:
-            arrays[f"{split}_masks"] = writer(folder / f"{split}_masks.npy", "w+", np.uint8, shape)
-        for i, (pixels, mask) in enumerate(convert(source, args.size)):
-            arrays[f"{split}_images"][i] = pixels
-            if mask is not None:
-                arrays[f"{split}_masks"][i] = mask
-        if source.labels is not None:
-            arrays[f"{split}_labels"] = source.labels
-            np.save(folder / f"{split}_labels.npy", source.labels)
-        for name in ("classes", "mask_classes"):
-            arrays[name] = np.array(getattr(source, name), dtype=str)
-            np.save(folder / f"{name}.npy", arrays[name])
-        print(f"{split}: {len(source)} images")
-    if destination.suffix == ".npz":
-        np.savez(destination, **arrays)
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    train = open_source(args.source, "train", args.data_dir)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as temporary:  # nothing half done is left behind
+        folder = Path(temporary) / "arrays"
+        folder.mkdir()
+        np.save(folder / "classes.npy", np.array(train.classes, dtype=str))
+        np.save(folder / "mask_classes.npy", np.array(train.mask_classes, dtype=str))
+        convert(train, args.size, "train", folder)
+        for split in ("val", "test"):
+            try:
+                source = open_source(args.source, split, args.data_dir)
+            except NoSplit:
+                print(f"{split}: not in {args.source}")
+                continue
+            convert(source, args.size, split, folder)
+        if destination.suffix == ".npz":
+            np.savez(folder / "all.npz", **{p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")})
+            folder = folder / "all.npz"
+        os.replace(folder, destination)
 
 
 if __name__ == "__main__":

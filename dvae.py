@@ -195,7 +195,7 @@ class DVAE(nn.Module):
     def encode(self, x):
         """Images (B, 3, H, W) in [0, 1] -> logits (B, h, w, |V|) of q_phi(z|x); VQ: z_e(x), (B, h, w, code_dim).
 
-        float32 whatever autocast is on: softmax and argmax over thousands of codes want it.
+        The convolutions follow autocast; softmax and argmax over thousands of codes get float32.
         """
         y = self.encoder(map_pixels(x).contiguous(memory_format=torch.channels_last)).float()
         if self.logit_norm is not None:
@@ -204,7 +204,8 @@ class DVAE(nn.Module):
 
     def code_distance(self, z_e):
         """Squared Euclidean distance of (..., code_dim) to every code, up to |z_e|²: (..., |V|)."""
-        return self.codebook.pow(2).sum(1) - 2 * z_e @ self.codebook.T
+        with torch.autocast(z_e.device.type, enabled=False):  # near codes differ by less than bf16 resolves
+            return self.codebook.pow(2).sum(1) - 2 * z_e @ self.codebook.T
 
     @torch.no_grad()
     def tokens(self, x):
@@ -220,7 +221,9 @@ class DVAE(nn.Module):
         """p_psi(x|z) of hard tokens int64 (B, h, w): mu and ln b, each (B, 3, H, W)."""
         if self.config.quantizer == "vq":
             return self.decode_codes(self.codebook[z])
-        return self.decode_codes(F.one_hot(z, self.config.vocab_size).float())
+        first = self.decoder.blocks.input  # a 1x1 convolution of one-hot codes is a table look-up
+        codes = F.embedding(z, first.weight.flatten(1).T) + first.bias  # (B, h, w, code_dim)
+        return self.decoder.blocks[1:](codes.permute(0, 3, 1, 2)).float().chunk(2, dim=1)
 
     def decode(self, z):
         """Reconstruction from hard tokens: int64 (B, h, w) -> images (B, 3, H, W) in [0, 1]."""
@@ -246,7 +249,7 @@ class DVAE(nn.Module):
         The bound of the VAE with the KL weighted by beta, in sums over one image that are both divided by
         the number of its pixel values 3HW: averaging one of them over something else makes the codebook
         collapse or blur. Terms: `reconstruction` (nats or squared error per pixel value) and, for Gumbel-softmax,
-        `kl` (nats per token); for VQ `codebook` (squared distance).
+        `kl` (nats per token). VQ has no KL: its `codebook` term is a mean squared distance of its own.
         """
         values = x[0].numel()  # 3HW
         y = self.encode(x)

@@ -68,7 +68,7 @@ class BeitForClassification(Beit):
         self.head.weight.data.mul_(0.001)
 
     def forward(self, x):
-        """Logits: (B, 3, H, W) -> (B, C)."""
+        """Logits, before the softmax of section 2.6: (B, 3, H, W) -> (B, C)."""
         h = super().forward(x)[:, 1:].mean(dim=1)  # avg of h_i^L: (B, D)
         return self.head(self.fc_norm(h))
 
@@ -86,11 +86,6 @@ def warp(image, matrix):
 def blend(image, other, factor):
     """other + factor (image - other): factor 1 leaves the image, 0 gives the other."""
     return (other + factor * (image - other)).clamp(0, 1)
-
-
-def grey(image):
-    """Luma, (1, H, W)."""
-    return (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
 
 
 def smooth(image):
@@ -125,8 +120,8 @@ OPERATIONS = [
     lambda x, m, s: (x * 255).byte().bitwise_and(256 - 2 ** (4 + int(4 * m))) / 255 if m < 1 else x * 0,  # posterise
     lambda x, m, s: torch.where(x < 1 - m, x, 1 - x),  # solarise
     lambda x, m, s: torch.where(x < 0.5, (x + m * 110 / 255).clamp(max=1), x),  # solarise, adding
-    lambda x, m, s: blend(x, grey(x), 1 + 0.9 * m * s),  # colour
-    lambda x, m, s: blend(x, grey(x).mean(), 1 + 0.9 * m * s),  # contrast
+    lambda x, m, s: blend(x, data.grey(x), 1 + 0.9 * m * s),  # colour
+    lambda x, m, s: blend(x, data.grey(x).mean(), 1 + 0.9 * m * s),  # contrast
     lambda x, m, s: blend(x, x * 0, 1 + 0.9 * m * s),  # brightness
     lambda x, m, s: blend(x, smooth(x), 1 + 0.9 * m * s),  # sharpness
     lambda x, m, s: warp(x, [[1, 0.3 * m * s, 0], [0, 1, 0]]),  # shear
@@ -178,11 +173,11 @@ class LabelledViews(data.Crops):
             raise ValueError(f"{source.name}: label {source.labels.max()} is out of range for {classes} classes")
         centre = 1.0 if args.image_size >= 384 else args.eval_crop
         view = [(args.image_size, "bicubic")]
-        super().__init__(source, view, train, args.seed, args.min_crop, args.flip, centre=centre)
+        super().__init__(source, view, train, args.seed, args.min_crop, args.flip, centre=centre, labels=True)
         self.randaugment, self.erasing = args.randaugment, args.erasing
 
     def __getitems__(self, keys):
-        (images,) = super().__getitems__(keys)
+        images, labels = super().__getitems__(keys)
         if self.train and (self.randaugment or self.erasing):
             images = images.clone()
             for i, key in enumerate(keys):
@@ -191,7 +186,7 @@ class LabelledViews(data.Crops):
                     images[i] = randaugment(images[i], self.randaugment, rng)
                 if rng.random() < self.erasing:
                     erase(images[i], rng)
-        return [images, torch.from_numpy(self.source.labels[[index for _, index in keys]])]
+        return [images, labels]
 
 
 # ---------------------------------------------------------------- mixing images and labels
@@ -228,8 +223,9 @@ def mix(x, targets, mixup, cutmix, rng):
 def evaluate(model, held_out, args, statistics, device, rank, world, autocast):
     """top1 and top5 accuracy in percent on held-out images, shared by all processes."""
     model.eval()
+    batch_size = max(1, args.batch_size // world // args.accumulate)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # right, right among five, images
-    for images, labels in data.eval_batches(held_out, 250, args.eval_images, rank, world, args.workers):
+    for images, labels in data.eval_batches(held_out, batch_size, args.eval_images, rank, world, args.workers):
         x, labels = data.normalise(data.to_float(images, device), statistics), labels.to(device)
         with autocast():
             logits = model(x)
@@ -242,32 +238,35 @@ def evaluate(model, held_out, args, statistics, device, rank, world, autocast):
 
 
 def prepare(args, device):
-    """(model, training set or None with --eval, held-out set, pixel statistics) for --init and --data."""
+    """(model, training set or None with --eval, held-out set, pixel statistics, class names)."""
     init = None
     if args.init != "random":
         init = training.load_checkpoint(args.init, *((KIND,) if args.eval else ("pretraining", KIND)))
     train_set = None
     if args.eval:
-        model = BeitForClassification(BeitConfig(**init["config"]), init["classes"])
+        classes = init["classes"]
+        model = BeitForClassification(BeitConfig(**init["config"]), len(classes))
         model.load_state_dict(init["model"])
-        args.image_size, classes = model.config.image_size, init["classes"]
+        args.image_size = model.config.image_size
     else:
         source = data.open_source(args.data, "train", args.data_dir)
-        classes = len(source.classes)
-        train_set = LabelledViews(args, source, classes, True)
+        classes = source.classes
+        train_set = LabelledViews(args, source, len(classes), True)
         if args.labels_per_class:
             train_set.source = data.balanced_subset(source, args.labels_per_class, args.seed)
         config = finetuned_config(init, args.model, args.image_size, args.drop_path)
         torch.manual_seed(args.seed)
-        model = BeitForClassification(config, classes)
-        if init:
-            load_backbone(model, init["model"])
+        model = BeitForClassification(config, len(classes))
+        if init:  # a classifier of the same classes goes on with its head, say at a higher resolution
+            load_backbone(model, init["model"], with_head=init.get("classes") == classes)
         if args.linear_probe:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     statistics = init["normalise"] if init else "half"
-    return model.to(device), train_set, LabelledViews(args, held_out, classes, False), statistics
+    held_out_set = LabelledViews(args, held_out, len(classes), False)
+    data.check_names(held_out.classes, classes, held_out)
+    return model.to(device), train_set, held_out_set, statistics, classes
 
 
 def main(argv=None):
@@ -276,19 +275,29 @@ def main(argv=None):
     parser.add_argument("--linear-probe", action="store_true", help="freeze the backbone, train norm and head only")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     args = training.parse_recipe(parser, RECIPES, argv)
+    if args.eval and args.init == "random":
+        parser.error("--eval needs --init CHECKPOINT: there is nothing to evaluate in random weights")
     device, rank, world = training.setup(args.device)
-    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
-    model, train_set, held_out, statistics = prepare(args, device)
+    model, train_set, held_out, statistics, classes = prepare(args, device)
     if args.eval:
         result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
         training.Log(None, rank, 0).final(**result)
         return
+    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     out = training.open_output(args.out, args.resume, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
     steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))
+
+    def save(step):
+        if rank == 0:
+            more = {"normalise": statistics, "classes": classes}
+            training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+
+    if not args.resume:
+        save(0)  # a folder that cannot be written to fails now
     train_model = training.wrap(model, device, args.compile)
     log = training.Log(out, rank, steps, step)
     for images, labels in data.train_batches(
@@ -302,8 +311,9 @@ def main(argv=None):
         x, targets = mix(x, targets, args.mixup, args.cutmix, data.sample_rng(args.seed, step, rank, "mix"))
         total = 0.0
         for i, (x_i, targets_i) in enumerate(zip(x.chunk(args.accumulate), targets.chunk(args.accumulate)), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate), autocast():
-                logits = train_model(x_i)  # (B, C)
+            with training.sync_only_if(train_model, i == args.accumulate):
+                with autocast():
+                    logits = train_model(x_i)  # (B, C)
                 loss = F.cross_entropy(logits.float(), targets_i, label_smoothing=args.smoothing) / args.accumulate
                 scaler.scale(loss).backward()
             total += loss.detach()
@@ -316,12 +326,11 @@ def main(argv=None):
         if step % args.log_every == 0 or step == steps:
             loss = (training.all_sum(total) / world).item()
             log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
-        if step % args.save_every == 0 or step == steps:
-            result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
-            log.write(step=step, **result)
-            if rank == 0:
-                more = {"normalise": statistics, "classes": model.head.out_features}
-                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+        if step % args.save_every == 0 and step < steps:
+            log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
+            save(step)
+    result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
+    save(step)
     log.final(**result)
     if rank == 0:
         training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])

@@ -57,7 +57,7 @@ def upsample(n_in, n_out):
 
 
 class BeitForSegmentation(Beit):
-    """Patch outputs h_1^L..h_N^L as a grid, log2(P) deconvolutions to full size (SETR-PUP's way), a linear classifier."""
+    """Patch outputs h_i^L as a grid, log2(P) deconvolutions to full size (SETR-PUP's way), a linear classifier."""
 
     def __init__(self, config, classes, decoder_dim):
         super().__init__(config)
@@ -81,7 +81,7 @@ class BeitForSegmentation(Beit):
 def slide(model, x):
     """Logits for images of any size not below the crop: windows of the crop, two thirds apart, averaged.
 
-    (1, 3, H, W) -> (1, C, H, W). The last window of a row or column is moved back inside the image.
+    (B, 3, H, W) -> (B, C, H, W). The last window of a row or column is moved back inside the image.
     """
     size = model.config.image_size
     H, W = x.shape[-2:]
@@ -152,8 +152,10 @@ class MaskedImages(data.Samples):
 
     def check(self, masks):
         """Raise ValueError if a mask value is neither a class nor IGNORE."""
-        wrong = masks[(masks != data.IGNORE) & (masks >= self.classes)]
-        if len(wrong):
+        for part in masks:
+            wrong = part[(part != data.IGNORE) & (part >= self.classes)]
+            if len(wrong) == 0:
+                continue
             raise ValueError(
                 f"{self.source.name}: mask value {int(wrong[0])} is out of range for {self.classes} classes "
                 f"({data.IGNORE}: ignored)"
@@ -204,10 +206,9 @@ def evaluate(model, held_out, args, statistics, device, rank, world, autocast):
     """miou and pixel_accuracy in percent on held-out images, from one confusion matrix over all processes."""
     model.eval()
     matrix = torch.zeros(model.classes, model.classes, dtype=torch.int64, device=device)
-    same_size = isinstance(held_out.source, data.Arrays)
-    for images, masks in data.eval_batches(
-        held_out, 32 if same_size else 1, args.eval_images, rank, world, args.workers
-    ):
+    same_size = isinstance(held_out.source, data.Arrays)  # files come in any size: one at a time
+    batch_size = max(1, args.batch_size // world // args.accumulate) if same_size else 1
+    for images, masks in data.eval_batches(held_out, batch_size, args.eval_images, rank, world, args.workers):
         x = data.normalise(data.to_float(images, device), statistics)
         with autocast():
             guess = slide(model, x).argmax(1)  # (B, H, W)
@@ -238,29 +239,34 @@ def draw_pictures(out, model, held_out, args, statistics, device):
 
 
 def prepare(args, device):
-    """(model, training set or None with --eval, held-out set, pixel statistics) for --init and --data."""
+    """(model, training set or None with --eval, held-out set, pixel statistics, class names)."""
     init = None
     if args.init != "random":
         kinds = (KIND,) if args.eval else ("pretraining", "classification", KIND)
         init = training.load_checkpoint(args.init, *kinds)
     train_set = None
     if args.eval:
-        model = BeitForSegmentation(BeitConfig(**init["config"]), init["classes"], init["decoder_dim"])
+        classes = init["classes"]
+        model = BeitForSegmentation(BeitConfig(**init["config"]), len(classes), init["decoder_dim"])
         model.load_state_dict(init["model"])
         args.image_size = model.config.image_size
     else:
         source = data.open_source(args.data, "train", args.data_dir)
-        train_set = MaskedImages(args, source, len(source.mask_classes), True)
+        classes = source.mask_classes
+        train_set = MaskedImages(args, source, len(classes), True)
         if args.train_images:
             train_set.source = data.random_subset(source, args.train_images, args.seed)
         config = finetuned_config(init, args.model, args.image_size, args.drop_path)
         torch.manual_seed(args.seed)
-        model = BeitForSegmentation(config, len(source.mask_classes), args.decoder_dim)
-        if init:
-            load_backbone(model, init["model"])
+        model = BeitForSegmentation(config, len(classes), args.decoder_dim)
+        if init:  # a segmenter of the same classes goes on with its decoder
+            same = init["kind"] == KIND and (init["classes"], init["decoder_dim"]) == (classes, args.decoder_dim)
+            load_backbone(model, init["model"], with_head=same)
     held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     statistics = init["normalise"] if init else "half"
-    return model.to(device), train_set, MaskedImages(args, held_out, model.classes, False), statistics
+    held_out_set = MaskedImages(args, held_out, len(classes), False)
+    data.check_names(held_out.mask_classes, classes, held_out)
+    return model.to(device), train_set, held_out_set, statistics, classes
 
 
 def main(argv=None):
@@ -268,18 +274,29 @@ def main(argv=None):
     parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, or random")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     args = training.parse_recipe(parser, RECIPES, argv)
+    if args.eval and args.init == "random":
+        parser.error("--eval needs --init CHECKPOINT: there is nothing to evaluate in random weights")
     device, rank, world = training.setup(args.device)
-    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
-    model, train_set, held_out, statistics = prepare(args, device)
+    model, train_set, held_out, statistics, classes = prepare(args, device)
     if args.eval:
         result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
         training.Log(None, rank, 0).final(**result)
         return
+    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    data.steps_per_epoch(len(train_set), args.batch_size)  # refuses a batch larger than the set
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     out = training.open_output(args.out, args.resume, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
+
+    def save(step):
+        if rank == 0:
+            more = {"normalise": statistics, "classes": classes, "decoder_dim": model.decoder_dim}
+            training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+
+    if not args.resume:
+        save(0)  # a folder that cannot be written to fails now
     train_model = training.wrap(model, device, args.compile)
     log = training.Log(out, rank, args.steps, step)
     for images, masks in data.train_batches(
@@ -294,8 +311,9 @@ def main(argv=None):
         count = training.all_sum((masks != data.IGNORE).sum()).clamp_min(1) / world
         total = 0.0
         for i, (x_i, masks_i) in enumerate(zip(x.chunk(args.accumulate), masks.chunk(args.accumulate)), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate), autocast():
-                logits = train_model(x_i).float()  # (B, C, H, W)
+            with training.sync_only_if(train_model, i == args.accumulate):
+                with autocast():
+                    logits = train_model(x_i).float()  # (B, C, H, W)
                 loss = F.cross_entropy(logits, masks_i, ignore_index=data.IGNORE, reduction="sum") / count
                 scaler.scale(loss).backward()
             total += loss.detach()
@@ -308,12 +326,11 @@ def main(argv=None):
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()
             log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
-        if step % args.save_every == 0 or step == args.steps:
-            result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
-            log.write(step=step, **result)
-            if rank == 0:
-                more = {"normalise": statistics, "classes": model.classes, "decoder_dim": model.decoder_dim}
-                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+        if step % args.save_every == 0 and step < args.steps:
+            log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
+            save(step)
+    result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
+    save(step)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, model, held_out, args, statistics, device)

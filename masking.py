@@ -82,14 +82,19 @@ def random_mask(rng, h, w, count):
 
 
 def make_mask(kind, rng, grid, ratio, min_block):
-    """The mask that pretrain.py's --masking names: blockwise, printed or random. Raises ValueError on others."""
+    """The mask that pretrain.py's --masking names: blockwise, printed or random.
+
+    Raises ValueError on other names, and if ratio or min_block does not fit the grid.
+    """
+    count = target(grid, grid, ratio)
+    if not 1 <= min_block <= count:
+        raise ValueError(f"smallest block {min_block} is not between 1 and the {count} patches to mask")
     if kind == "blockwise":
-        return blockwise_mask(rng, grid, grid, target(grid, grid, ratio), min_block)
+        return blockwise_mask(rng, grid, grid, count, min_block)
     if kind == "printed":
-        target(grid, grid, ratio)  # checks the ratio
         return printed_mask(rng, grid, grid, ratio, min_block)
     if kind == "random":
-        return random_mask(rng, grid, grid, target(grid, grid, ratio))
+        return random_mask(rng, grid, grid, count)
     raise ValueError(f"masking {kind!r} is none of 'blockwise', 'printed', 'random'")
 
 

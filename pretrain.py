@@ -1,7 +1,7 @@
 """Stage 2 (sections 2.3 to 2.5): masked image modeling, BEiT's pre-training.
 
     python pretrain.py --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit          # drawn shapes, on a CPU
-    torchrun --nproc_per_node=16 pretrain.py --recipe base --data IMAGENET --tokenizer runs/tokenizer/checkpoint.pt \\
+    torchrun --nproc_per_node=8 pretrain.py --recipe base --data IMAGENET --tokenizer runs/tokenizer/checkpoint.pt \\
         --out runs/beit --workers 8                                                      # one node of GPUs
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 pretrain.py ...    # on each node
 
@@ -45,7 +45,7 @@ RECIPES = {
     "flip": (True, True, True, True, "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, "brightness, contrast and saturation vary by this share"),
     # masking
-    "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise, printed (Algorithm 1's letter), random"),
+    "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise; printed: Algorithm 1's letter; random"),
     "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "share of the patches to mask, at most: 75 of 196 in the paper"),
     "min_block": (4, 4, 16, 16, "smallest block, in patches"),
     # backbone
@@ -115,9 +115,10 @@ def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
     log p_theta(z^|x~) of the masked tokens; both per image.
     """
     model.eval()
+    batch_size = max(1, args.batch_size // world // args.accumulate)
     counts = torch.zeros(tokenizer.config.vocab_size, dtype=torch.float64, device=device)
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # tokens, loss, right, images, log p_psi
-    for batch in data.eval_batches(held_out, 250, args.eval_images, rank, world, args.workers):
+    for batch in data.eval_batches(held_out, batch_size, args.eval_images, rank, world, args.workers):
         x, pixels, mask = two_views(batch, device, args.normalise)
         with autocast():
             z = tokenizer.tokens(pixels)
@@ -125,6 +126,7 @@ def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
         targets = z.flatten(1)[mask]
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         right = (logits.argmax(-1) == targets).sum()
+        # Eq. 3's first term; its second is the sum of log p_MIM over M, which is -loss.
         log_p = -tokenizer.negative_log_likelihood(pixels, *tokenizer.decode_parameters(z)).sum()
         sums += torch.stack([mask.sum(), loss, right, torch.tensor(len(x), device=device), log_p]).double()
         counts += torch.bincount(targets, minlength=len(counts))
@@ -132,9 +134,9 @@ def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
     training.all_sum(counts)
     tokens, loss, right, images, log_p = training.all_sum(sums).tolist()
     return {
-        "mim_loss": loss / tokens,
-        "mim_accuracy": right / tokens,
-        "commonest_token": counts.max().item() / tokens,
+        "mim_loss": loss / max(tokens, 1),
+        "mim_accuracy": right / max(tokens, 1),
+        "commonest_token": counts.max().item() / max(tokens, 1),
         "stage1_nats": log_p / images,
         "stage2_nats": -loss / images,
     }
@@ -165,8 +167,9 @@ def build(args, tokenizer):
     tokens, rest = divmod(args.token_size, tokenizer.config.downsampling)
     if rest or tokens != config.grid:
         raise ValueError(
-            f"the tokenizer makes {args.token_size / tokenizer.config.downsampling:g} tokens along {args.token_size} pixels "
-            f"but there are {config.grid} patches: set --token-size {config.grid * tokenizer.config.downsampling}"
+            f"the tokenizer makes {args.token_size / tokenizer.config.downsampling:g} tokens along "
+            f"{args.token_size} pixels but there are {config.grid} patches: "
+            f"set --token-size {config.grid * tokenizer.config.downsampling}"
         )
     return BeitForMaskedImageModeling(config, tokenizer.config.vocab_size)
 
@@ -195,6 +198,13 @@ def main(argv=None):
     out = training.open_output(args.out, args.resume, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
     steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))
+
+    def save(step):
+        if rank == 0:
+            training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, normalise=args.normalise)
+
+    if not args.resume:
+        save(0)  # a folder that cannot be written to fails now
     train_model = training.wrap(model, device, args.compile)
     log = training.Log(out, rank, steps, step)
     for batch in data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device):
@@ -202,16 +212,16 @@ def main(argv=None):
         training.set_lr(optimizer, lr)
         torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
         x, pixels, mask = two_views(batch, device, args.normalise)
-        with autocast():
-            z = tokenizer.tokens(pixels).flatten(1)  # (B, N)
         # Eq. 1 as a mean over all masked tokens of the global batch: masks differ in size, so the sum is divided
         # by the count over all processes and passes; times `world` because DDP averages over processes.
-        count = training.all_sum(mask.sum()) / world
+        count = training.all_sum(mask.sum()).clamp_min(1) / world
         total = 0.0
-        parts = [t.chunk(args.accumulate) for t in (x, z, mask)]
-        for i, (x_i, z_i, mask_i) in enumerate(zip(*parts), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate), autocast():
-                logits = train_model(x_i, mask_i)  # (|M|, |V|)
+        parts = [t.chunk(args.accumulate) for t in (x, pixels, mask)]
+        for i, (x_i, pixels_i, mask_i) in enumerate(zip(*parts), start=1):
+            with training.sync_only_if(train_model, i == args.accumulate):
+                with autocast():
+                    z_i = tokenizer.tokens(pixels_i).flatten(1)  # (B, N), of the uncorrupted image
+                    logits = train_model(x_i, mask_i)  # (|M|, |V|)
                 loss = F.cross_entropy(logits.float(), z_i[mask_i], reduction="sum") / count
                 scaler.scale(loss).backward()
             total += loss.detach()
@@ -224,12 +234,11 @@ def main(argv=None):
         if step % args.log_every == 0 or step == steps:
             loss = (training.all_sum(total) / world).item()
             log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
-        if step % args.save_every == 0 or step == steps:
-            result = evaluate(model, tokenizer, held_out, args, device, rank, world, autocast)
-            log.write(step=step, **result)
-            if rank == 0:
-                more = {"normalise": args.normalise, "vocab_size": tokenizer.config.vocab_size}
-                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+        if step % args.save_every == 0 and step < steps:
+            log.write(step=step, **evaluate(model, tokenizer, held_out, args, device, rank, world, autocast))
+            save(step)
+    result = evaluate(model, tokenizer, held_out, args, device, rank, world, autocast)
+    save(step)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, model, tokenizer, held_out, args, device)

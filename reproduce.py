@@ -1,4 +1,4 @@
-"""The whole paper in one command: tokenizer, pre-training, classification and segmentation, each against random weights.
+"""The whole paper in one command: tokenizer, pre-training, classification, segmentation, against random weights.
 
     python reproduce.py                                          # demo: drawn shapes, minutes on two cores
     python reproduce.py --recipe fashion                         # real images, about 25 minutes on two cores
@@ -61,7 +61,7 @@ class Runner:
         """Run `script` with flags into OUT/name unless that is finished; return its final record."""
         folder = self.out / name
         metrics = folder / "metrics.jsonl"
-        record = training.read_metrics(folder)[-1] if metrics.exists() else {}
+        record = (training.read_metrics(folder) or [{}])[-1] if metrics.exists() else {}
         if not record.get("final"):
             command = [sys.executable, str(HERE / script), *map(str, flags), *self.common, "--out", str(folder)]
             if (folder / "checkpoint.pt").exists():
@@ -78,7 +78,8 @@ class Runner:
             record = training.read_metrics(folder)[-1]
             numbers = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "final")
             elapsed = time.time() - self.start
-            print(f"{elapsed // 60:3.0f}m{elapsed % 60:02.0f}s  {name:28s} {time.time() - started:4.0f} s  {numbers}", flush=True)
+            took = f"{elapsed // 60:3.0f}m{elapsed % 60:02.0f}s  {name:28s} {time.time() - started:4.0f} s"
+            print(f"{took}  {numbers}", flush=True)
         return record
 
     def stages(self, calls):
@@ -126,23 +127,23 @@ def choose(runner, name, script, metric, lrs, flags):
     return max(records, key=lambda lr: records[lr][metric])
 
 
-def contrast(runner, name, script, metric, inits, flags, seeds, epochs_flag, longer):
+def contrast(runner, name, script, metric, inits, flags, seeds, longer=()):
     """Fine-tune from each init over `seeds` seeds, on the test split: {row: (learning rate, [metric of each seed])}.
 
-    inits: {row: (what --init takes, learning rates to choose from, further flags)}.
+    inits: {row: (what --init takes, learning rates to choose from, further flags)}. longer: flags that make
+    random weights' training longer, for a row of its own.
     """
     rates = {
         row: choose(runner, f"search-{name}-{row}", script, metric, lrs, ("--init", init, *flags, *more))
         for row, (init, lrs, more) in inits.items()
     }
-    flag, length = epochs_flag
     calls = {}
     for row, (init, _, more) in inits.items():
         for seed in range(seeds):
             common = (script, "--init", init, *flags, *more, "--lr", rates[row], "--seed", seed, "--eval-split", "test")
             calls[row, seed] = (f"{name}-{row}-{seed}", *common)
             if row == "random" and longer:
-                calls[f"random, {longer}x steps", seed] = (f"{name}-{row}-long-{seed}", *common, flag, longer * length)
+                calls["random, longer", seed] = (f"{name}-{row}-long-{seed}", *common, *longer)
     rows = {}
     for (row, _), record in runner.stages(calls).items():
         rate = rates.get(row, rates["random"])
@@ -158,10 +159,10 @@ def spread(values):
 def reproduce(runner, settings, recipe, data_dir):
     """Run all stages; return {row of the table: what came out}."""
     common = ["--recipe", recipe]
-    tokenizer = runner.stage("tokenizer", "train_tokenizer.py", *common, "--data", settings["data"], "--eval-split", "test")
+    flags = ("--data", settings["data"], "--eval-split", "test")
+    tokenizer = runner.stage("tokenizer", "train_tokenizer.py", *common, *flags)
     tokenizer_path, beit_path = (runner.out / name / "checkpoint.pt" for name in ("tokenizer", "beit"))
-    flags = ("--data", settings["data"], "--tokenizer", tokenizer_path, "--eval-split", "test")
-    beit = runner.stage("beit", "pretrain.py", *common, *flags)
+    beit = runner.stage("beit", "pretrain.py", *common, *flags, "--tokenizer", tokenizer_path)
     results = {"tokenizer": tokenizer, "pretraining": beit, "classification": {}, "logistic regression": {}}
     for labels, epochs in zip(settings["labels"], settings["cls_epochs"]):
         flags = (*common, "--data", settings["data"], "--labels-per-class", labels, "--epochs", epochs)
@@ -170,9 +171,9 @@ def reproduce(runner, settings, recipe, data_dir):
             "BEiT": (beit_path, settings["cls_lr"], ()),
             "random": ("random", settings["cls_lr_random"], ("--layer-decay", 1)),
         }
-        length = "--epochs", epochs
+        longer = ("--epochs", epochs * settings["longer"]) if settings["longer"] else ()
         results["classification"][labels] = contrast(
-            runner, f"cls{labels}", "finetune_cls.py", "top1", inits, flags, settings["seeds"], length, settings["longer"]
+            runner, f"cls{labels}", "finetune_cls.py", "top1", inits, flags, settings["seeds"], longer
         )
         splits = {split: data.open_source(settings["data"], split, data_dir) for split in data.SPLITS}
         results["logistic regression"][labels] = [
@@ -184,9 +185,7 @@ def reproduce(runner, settings, recipe, data_dir):
         "BEiT": (beit_path, settings["seg_lr"], ()),
         "random": ("random", settings["seg_lr_random"], ()),
     }
-    results["segmentation"] = contrast(
-        runner, "seg", "finetune_seg.py", "miou", inits, flags, settings["seeds"], ("--steps", 0), 0
-    )
+    results["segmentation"] = contrast(runner, "seg", "finetune_seg.py", "miou", inits, flags, settings["seeds"])
     return results
 
 
@@ -203,7 +202,8 @@ def table(results):
     for labels, rows in results["classification"].items():
         for row, (lr, values) in rows.items():
             lines.append(f"{f'top-1, {labels} labels per class, {row}':44s} {spread(values)}   (lr {lr:g})")
-        lines.append(f"{f'top-1, {labels} labels per class, raw pixels':44s} {spread(results['logistic regression'][labels])}")
+        pixels = spread(results["logistic regression"][labels])
+        lines.append(f"{f'top-1, {labels} labels per class, raw pixels':44s} {pixels}")
     for row, (lr, values) in results["segmentation"].items():
         lines.append(f"{f'mIoU, {row}':44s} {spread(values)}   (lr {lr:g})")
     return "\n".join(lines)

@@ -57,9 +57,11 @@ def evaluate(model, held_out, args, device, rank, world, autocast):
     and codebook_used (codes that occur at all).
     """
     model.eval()
+    training.broadcast(*model.buffers())  # running statistics drift apart between processes
+    batch = max(1, args.batch_size // world // args.accumulate)
     counts = torch.zeros(model.config.vocab_size, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # squared error, pixel values
-    for (images,) in data.eval_batches(held_out, 250, args.eval_images, rank, world, args.workers):
+    for (images,) in data.eval_batches(held_out, batch, args.eval_images, rank, world, args.workers):
         x = data.to_float(images, device)
         with autocast():
             z = model.tokens(x)
@@ -109,6 +111,7 @@ def main(argv=None):
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
     train_set, held_out = datasets(args)
+    data.steps_per_epoch(len(train_set), args.batch_size)  # refuses a batch larger than the set
     torch.manual_seed(args.seed)
     model = build(args).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
@@ -121,6 +124,15 @@ def main(argv=None):
         if average:
             average.module.load_state_dict(state["average"])
             average.n_averaged.fill_(step)
+    evaluated = average.module if average else model
+
+    def save(step):
+        if rank == 0:
+            more = {"average": average.module.state_dict()} if average else {}
+            training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+
+    if not args.resume:
+        save(0)  # a folder that cannot be written to fails now
     train_model = training.wrap(model, device, args.compile)
     log = training.Log(out, rank, args.steps, step)
     batches = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
@@ -132,12 +144,15 @@ def main(argv=None):
         torch.manual_seed(training.seed_for(args.seed, step, rank))  # Gumbel noise, a function of the step
         x = data.to_float(images, device)
         if args.quantizer == "vq" and step % 50 == 0:
-            model.revive_codes(x[:256])
+            model.revive_codes(x.chunk(args.accumulate)[0])
             training.broadcast(model.codebook, model.usage)
+        total = 0.0
         for i, part in enumerate(x.chunk(args.accumulate), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate), autocast():
-                loss, terms = train_model(part, tau, beta)
+            with training.sync_only_if(train_model, i == args.accumulate):
+                with autocast():
+                    loss, terms = train_model(part, tau, beta)
                 scaler.scale(loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -145,15 +160,14 @@ def main(argv=None):
             average.update_parameters(model)
         step += 1
         if step % args.log_every == 0 or step == args.steps:
-            terms = {name: term.item() for name, term in terms.items()}
-            log.step(step, args.batch_size, loss=loss.item(), **terms, tau=tau, beta=beta, lr=lr, **train_set.trouble())
-        if step % args.save_every == 0 or step == args.steps:
-            evaluated = average.module if average else model
-            result = evaluate(evaluated, held_out, args, device, rank, world, autocast)
-            log.write(step=step, **result)
-            if rank == 0:
-                more = {"average": average.module.state_dict()} if average else {}
-                training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
+            loss = (training.all_sum(total) / world).item()
+            terms = {name: term.item() for name, term in terms.items()}  # of this process's last pass
+            log.step(step, args.batch_size, loss=loss, **terms, tau=tau, beta=beta, lr=lr, **train_set.trouble())
+        if step % args.save_every == 0 and step < args.steps:
+            log.write(step=step, **evaluate(evaluated, held_out, args, device, rank, world, autocast))
+            save(step)
+    result = evaluate(evaluated, held_out, args, device, rank, world, autocast)
+    save(step)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, evaluated, held_out)

@@ -78,11 +78,16 @@ def parse_recipe(parser, recipes, argv=None):
         parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
     if args.out is None and not getattr(args, "eval", False):
         parser.error("--out is needed: a new folder for what the run makes")
+    for name in ("steps", "batch_size", "accumulate", "eval_images", "save_every", "log_every"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for name, row in recipes.items():
         if getattr(args, name) is None:
             setattr(args, name, row[COLUMNS.index(args.recipe)])
         if getattr(args, name) is None:
             parser.error(f"recipe {args.recipe!r} needs --{name.replace('_', '-')}: {row[-1]}")
+    if getattr(args, "warmup_steps", 0) >= getattr(args, "steps", 1):
+        parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}")
     return args
 
 
@@ -120,7 +125,10 @@ def setup(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU: use --device cpu")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     device = torch.device(device)
     if "RANK" in os.environ:
@@ -131,7 +139,7 @@ def setup(device):
 
 def rank_batch(batch_size, accumulate, world):
     """Images per process and step, given the paper's global batch. Raises ValueError if it does not divide."""
-    if accumulate < 1 or batch_size < 1 or batch_size % (world * accumulate):
+    if batch_size % (world * accumulate):
         raise ValueError(
             f"batch size {batch_size} does not divide into {world} processes x {accumulate} accumulation passes"
         )
@@ -257,7 +265,7 @@ def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
 
-FREE_TO_CHANGE = {"resume", "out", "data_dir", "device", "workers", "compile", "log_every", "save_every", "accumulate"}
+FREE_TO_CHANGE = {"resume", "out", "data_dir", "workers", "log_every", "save_every"}
 
 
 def resume_checkpoint(out, kind, args, model, optimizer, scaler):
@@ -304,6 +312,9 @@ class Log:
         self.steps, self.rank = steps, rank
         self.path = out / "metrics.jsonl" if out else None
         self.start, self.first_step = time.time(), first_step
+        if rank == 0 and self.path and self.path.exists():  # resumed: forget what came after the checkpoint
+            kept = [m for m in read_metrics(out) if m.get("step", math.inf) <= first_step]
+            self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
         self.terminal = sys.stdout.isatty()
 
     def write(self, **record):

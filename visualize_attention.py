@@ -29,10 +29,7 @@ def load_image(image, source, split, data_dir, size):
         image = "0"
     else:
         raise ValueError(f"image {image}: no such file, and not a number")
-    pixels = torch.from_numpy(source.read([int(image)])).permute(0, 3, 1, 2).float()
-    side = min(pixels.shape[-2:])
-    box = torch.tensor([[(pixels.shape[2] - side) // 2, (pixels.shape[3] - side) // 2, side, side]])
-    return data.crop_resize(pixels, box.float(), size, data.cubic).clamp(0, 255) / 255
+    return data.centre_square(source.read([int(image)]), size) / 255
 
 
 def parse_point(text, grid):
