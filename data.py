@@ -376,7 +376,7 @@ def draw_shapes(uniforms, size):
         radius = (low + (high - low) * next(u)) * size
         cx, cy = (radius + (size - 2 * radius) * next(u) for _ in range(2))
         turn = (next(u) - 0.5) * math.pi / 2  # at most 45 degrees either way
-        colour = (0.6 + 0.4 * next(u))[..., None] * (0.6 + 0.4 * hue(next(u)))
+        colour = hue(np.floor(next(u) * 6) / 6)
         du, dv = (x - cx) / radius, (y - cy) / radius
         du, dv = du * np.cos(turn) + dv * np.sin(turn), dv * np.cos(turn) - du * np.sin(turn)
         distance = np.empty((n, size, size), np.float32)

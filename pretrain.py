@@ -50,7 +50,7 @@ RECIPES = {
     "min_block": (4, 4, 16, 16, "smallest block, in patches"),
     # backbone
     "model": ("tiny", "tiny", "base", "large", "size of the backbone, see MODELS in beit.py"),
-    "positions": ("shared", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
+    "positions": ("absolute", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
     "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
     # optimisation
     "epochs": (16.0, 4.4, 800.0, 800.0, "passes over the images"),

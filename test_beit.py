@@ -909,7 +909,7 @@ def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path, monkeypatch,
     metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines()[:-1]))  # as if killed
     assert runner.stage("tokenizer", "train_tokenizer.py") == record
     with pytest.raises(ValueError, match="stage bad ended with status 2"):
-        runner.stage("bad", "train_tokenizer.py", "--data", "nowhere")
+        runner.stage("bad", "train_tokenizer.py", "--quantizer", "none")
 
 
 # ---------------------------------------------------------------- bad input: one line, status 2, nothing lost
