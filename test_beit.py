@@ -739,7 +739,7 @@ SCRIPTS = {
              "--warmup-epochs", "0.25"],
     "cls": ["finetune_cls.py", "--image-size", "16", "--labels-per-class", "0", "--epochs", "1",
             "--warmup-epochs", "0.25"],
-    "seg": ["finetune_seg.py", "--image-size", "16", "--steps", "4", "--warmup-steps", "1"],
+    "seg": ["finetune_seg.py", "--image-size", "16", "--train-images", "0", "--steps", "4", "--warmup-steps", "1"],
 }  # fmt: skip
 RESULTS = {
     "tokenizer": {"reconstruction_mse", "codebook_perplexity", "codebook_used"},
