@@ -144,7 +144,10 @@ class MaskedImages(data.Samples):
 
     def __init__(self, args, source, classes, train):
         if source.masks is None:
-            raise ValueError(f"{source.name}: it has no masks to learn segmentation from")
+            raise ValueError(
+                f"{source.name}: it has no masks to learn segmentation from; of the named sets shapes and "
+                "fashion-scenes have them"
+            )
         super().__init__(source, train, args.seed)
         self.args, self.classes = args, classes
         if isinstance(source, data.Arrays):  # files are checked as they are read
