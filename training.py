@@ -106,8 +106,15 @@ def one_line_errors():
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
+        joined = dist.is_initialized()
+        if joined:
             dist.destroy_process_group()
+    if joined:
+        # DDP's reducer keeps gloo's threads alive, and one that lets go of its last tensor while the interpreter is
+        # being taken down aborts the process ("terminate called without an active exception"). Do not take it down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ---------------------------------------------------------------- processes, devices, precision
