@@ -7,16 +7,23 @@
 One class for every size. Parameter names are those of the released weights. The heads are next to
 what they are for: pretrain.py (masked image modeling), finetune_cls.py, finetune_seg.py.
 
+    python beit.py WEIGHTS                          # what is in a checkpoint of ours or in published weights
+    python beit.py WEIGHTS NEW.pth                  # only the weights, under the released names, which are timm's
+    python beit.py WEIGHTS NEW.safetensors --names transformers
+
 Images are float tensors (B, 3, H, W), normalised. A mask is bool, True = masked.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import training
 
 STD = 0.02  # of the truncated normal that initialises every matrix (appendix)
 
@@ -396,6 +403,133 @@ def load_backbone(model, state, with_head=False):
     model.load_state_dict(state, strict=False)
 
 
+# ---------------------------------------------------------------- weights that others have published
+
+# Module or parameter: the released name, which is ours and timm's, and that of transformers' files.
+NAMES = {
+    "cls_token": "beit.embeddings.cls_token",
+    "mask_token": "beit.embeddings.mask_token",
+    "pos_embed": "beit.embeddings.position_embeddings",
+    "patch_embed.proj": "beit.embeddings.patch_embeddings.projection",
+    "rel_pos_bias": "beit.encoder.relative_position_bias",
+    "norm": "layernorm",
+    "lm_head": "lm_head",
+    "fc_norm": "beit.pooler.layernorm",
+    "head": "classifier",
+}
+BLOCK_NAMES = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "gamma_1": "lambda_1",
+    "gamma_2": "lambda_2",
+    "attn.proj": "attention.output.dense",
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    "attn.relative_position_bias_table": "attention.attention.relative_position_bias.relative_position_bias_table",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def rename(state, names):
+    """State dict under new names, of whole parameters or of the modules they are in; others keep theirs."""
+    renamed = {}
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        renamed[names.get(key) or (f"{names[module]}.{leaf}" if module in names else key)] = value
+    return renamed
+
+
+def block_count(state, prefix):
+    """Number of blocks, from parameter names PREFIX.N.more."""
+    found = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
+    return max(found, default=-1) + 1
+
+
+def all_names(depth):
+    """NAMES, and BLOCK_NAMES of every block."""
+    blocks = ((f"blocks.{l}.", f"beit.encoder.layer.{l}.") for l in range(depth))
+    return NAMES | {ours + a: theirs + b for ours, theirs in blocks for a, b in BLOCK_NAMES.items()}
+
+
+def to_transformers(state):
+    """A state dict under transformers' names; q, k and v are one matrix here and three there."""
+    depth = block_count(state, "blocks.")
+    renamed = rename(state, all_names(depth))
+    for l in range(depth):
+        parts = renamed.pop(f"blocks.{l}.attn.qkv.weight").chunk(3)
+        for name, part in zip(("query", "key", "value"), parts):
+            renamed[f"beit.encoder.layer.{l}.attention.attention.{name}.weight"] = part.clone()
+    return renamed
+
+
+def from_transformers(state):
+    """The inverse of to_transformers."""
+    depth = block_count(state, "beit.encoder.layer.")
+    renamed = rename(state, {theirs: ours for ours, theirs in all_names(depth).items()})
+    for l in range(depth):
+        keys = [f"beit.encoder.layer.{l}.attention.attention.{name}.weight" for name in ("query", "key", "value")]
+        if all(key in renamed for key in keys):  # one that is missing is named when the model is filled
+            renamed[f"blocks.{l}.attn.qkv.weight"] = torch.cat([renamed.pop(key) for key in keys])
+    return renamed
+
+
+def inferred_config(state):
+    """The BeitConfig of a state dict under released names. Raises ValueError if it is not of a BEiT.
+
+    The number of heads is the width of a relative table; with E_pos it is not in the tensors, and heads are 64 wide as
+    in every published model. LayerScale's start is not in them either: any number above 0 stands for "there is one".
+    """
+    tables = [value for key, value in state.items() if key.endswith("relative_position_bias_table")]
+    missing = {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} - state.keys()
+    if missing or ("pos_embed" in state) == bool(tables):
+        wrong = f"no {', '.join(sorted(missing))}" if missing else "wanted E_pos or relative tables, one of the two"
+        raise ValueError(f"these are not the weights of a BEiT: {wrong}; they begin {', '.join(list(state)[:3])}")
+    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    if tables:
+        grid, heads = (math.isqrt(len(tables[0]) - 3) + 1) // 2, tables[0].shape[1]
+        positions = "shared" if "rel_pos_bias.relative_position_bias_table" in state else "relative"
+    else:
+        grid, heads, positions = math.isqrt(state["pos_embed"].shape[1] - 1), max(1, dim // 64), "absolute"
+    return BeitConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        dim=dim,
+        depth=block_count(state, "blocks."),
+        heads=heads,
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        positions=positions,
+        layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0,
+        drop_path=0.0,
+    )
+
+
+def load_pretrained(path, *kinds):
+    """A checkpoint of ours, or weights as the authors, timm or transformers publish them, under the released names.
+
+    Returns a dict: kind (one of `kinds`), config (BeitConfig's fields), model (state dict), normalise, classes (their
+    names; None in weights from elsewhere). Published files are a state dict, bare or under the key `model` or
+    `module`; their configuration is inferred from the tensors, their pixels had mean and std 0.5. Raises ValueError
+    on anything else.
+    """
+    content = training.read_file(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    if "kind" in content:
+        return training.check_kind(path, content, *kinds)
+    state = content.get("model", content.get("module", content))
+    strange = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path} is not a state dict: {strange[0]!r} is not a tensor")
+    if any(key.startswith("beit.") for key in state):
+        state = from_transformers(state)
+    state = {key: value for key, value in state.items() if not key.endswith("relative_position_index")}
+    kind = "classification" if "head.weight" in state else "pretraining"
+    config = asdict(inferred_config(state))
+    found = {"kind": kind, "config": config, "model": state, "normalise": "half", "classes": None}
+    return training.check_kind(path, found, *kinds)
+
+
 # ---------------------------------------------------------------- layer-wise learning-rate decay (appendix)
 
 
@@ -421,3 +555,32 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
         new = {"params": [], "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
         groups.setdefault((layer, decayed), new)["params"].append(parameter)
     return list(groups.values())
+
+
+# ---------------------------------------------------------------- python beit.py: look into weights, export them
+
+
+def main(argv=None):
+    parser = training.Parser(__doc__)
+    parser.add_argument("weights", help="checkpoint.pt, or published BEiT weights")
+    parser.add_argument("destination", nargs="?", help="new .pth or .safetensors file to export to")
+    parser.add_argument("--names", default="released", choices=("released", "transformers"), help="of the parameters")
+    args = parser.parse_args(argv)
+    found = load_pretrained(args.weights, "pretraining", "classification", "segmentation")
+    state = found["model"]
+    print(f"{found['kind']}, {sum(value.numel() for value in state.values()):,} parameters")
+    print("  ".join(f"{name} {value}" for name, value in found["config"].items()))
+    if args.destination is None:
+        return
+    if Path(args.destination).exists():
+        raise ValueError(f"{args.destination} exists already: choose a new name")
+    if args.names == "transformers":
+        if found["kind"] == "segmentation":
+            raise ValueError("transformers has no model with this deconvolution head: export a classifier or pre-training")
+        state = to_transformers(state)
+    training.write_file(args.destination, state)
+
+
+if __name__ == "__main__":
+    with training.one_line_errors():
+        main()

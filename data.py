@@ -397,15 +397,15 @@ def shapes(split, data_dir=None):
     return Arrays(f"shapes {split}", images, labels, masks, SHAPE_CLASSES, ["background", *SHAPE_CLASSES])
 
 
-SCENE_SIZE, SCENE_GARMENTS = 56, 4
+SCENE_SIZE, SCENE_JITTER = 56, 4
 SCENES_COUNT = {"train": 8000, "val": 1000, "test": 1000}
 
 
 def fashion_scenes(split, data_dir):
     """Four garments of Fashion-MNIST's same split on a 56 x 56 canvas, with the classes of their silhouettes.
 
-    A later garment hides an earlier one where it is not black. Mask 0 is background, c + 1 is class c.
-    Scene i is a function of the split and i.
+    One in each quarter, displaced by up to 4 pixels either way, as far as the canvas goes; where two meet, the later
+    hides the earlier one. Mask 0 is background, c + 1 is class c. Scene i is a function of the split and i.
     """
     garments = fashion_mnist(split, data_dir)
     count = SCENES_COUNT[split]
@@ -413,8 +413,8 @@ def fashion_scenes(split, data_dir):
     masks = np.zeros_like(images)
     for i in range(count):
         rng = np.random.default_rng((SPLITS.index(split), i))
-        tops, lefts = rng.integers(0, SCENE_SIZE - 28 + 1, (2, SCENE_GARMENTS))
-        for g, t, l in zip(rng.integers(0, len(garments), SCENE_GARMENTS), tops, lefts):
+        corners = np.array([(0, 0), (0, 28), (28, 0), (28, 28)]) + rng.integers(-SCENE_JITTER, SCENE_JITTER + 1, (4, 2))
+        for (t, l), g in zip(corners.clip(0, SCENE_SIZE - 28), rng.integers(0, len(garments), 4)):
             garment = garments.images[g]
             seen = garment > 16
             images[i, t : t + 28, l : l + 28][seen] = garment[seen]

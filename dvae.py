@@ -16,10 +16,13 @@ Train it with train_tokenizer.py.
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import training
 
 EPSILON = 0.1  # map_pixels keeps pixels this far (as a share) from 0 and 1, where logit(x) is infinite
 
@@ -298,8 +301,81 @@ class DVAE(nn.Module):
         self.usage[dead] = 1.0
 
 
-def load_tokenizer(state):
-    """The tokenizer of a train_tokenizer.py checkpoint: averaged weights where there are any, frozen."""
-    model = DVAE(DVAEConfig(**state["config"]))
-    model.load_state_dict(state.get("average", state["model"]))
+# ---------------------------------------------------------------- loading
+
+
+class Record:
+    """What a pickled module becomes here: its attributes, without its code."""
+
+
+# The classes in DALL-E's encoder.pkl and decoder.pkl, which are whole modules. Each is read as a Record; any other name
+# in a pickle, such as a function to call, is refused by torch's restricted unpickler.
+DALLE_CLASSES = (
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+)
+
+
+def parameters_of(record, prefix=""):
+    """{name: tensor} of a module that was read as a Record; DALL-E's `w` and `b` become `weight` and `bias`."""
+    found = {
+        prefix + {"w": "weight", "b": "bias"}.get(name, name): tensor.detach().float()
+        for name, tensor in record._parameters.items()
+        if tensor is not None
+    }
+    for name, child in record._modules.items():
+        found |= parameters_of(child, f"{prefix}{name}.")
+    return found
+
+
+def read_pickled_module(path):
+    """{name: tensor} of one of DALL-E's files. Raises ValueError if it is not one, or wants to run code."""
+    try:
+        with torch.serialization.safe_globals([(Record, name) for name in DALLE_CLASSES]):
+            return parameters_of(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # damaged, foreign or hostile: half a dozen kinds
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        refused = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), reason[0])
+        raise ValueError(f"{path} is refused: not a file of DALL-E's tokenizer ({refused})") from error
+
+
+def load_dalle(folder):
+    """DALL-E's published tokenizer from FOLDER/encoder.pkl and decoder.pkl, its sizes inferred from the tensors."""
+    encoder, decoder = (read_pickled_module(Path(folder) / f"{part}.pkl") for part in ("encoder", "decoder"))
+    try:
+        vocab_size, code_dim = encoder["blocks.output.conv.weight"].shape[0], decoder["blocks.input.weight"].shape[0]
+        hidden = encoder["blocks.input.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{folder}: encoder.pkl and decoder.pkl are not DALL-E's: they have no {error}") from error
+    groups = len({key.split(".")[1] for key in encoder if ".group_" in key})
+    blocks = len({key.split(".")[2] for key in encoder if ".group_1." in key})
+    config = DVAEConfig(vocab_size, hidden, groups, blocks, code_dim)
+    model = DVAE(config)
+    for part, state in ((model.encoder, encoder), (model.decoder, decoder)):
+        try:
+            part.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: these tensors are not those of DALL-E's networks: {error}") from error
+    return model
+
+
+def load_tokenizer(name):
+    """The frozen tokenizer of --tokenizer: a checkpoint.pt of train_tokenizer.py, or dalle:FOLDER.
+
+    Averaged weights where a checkpoint has them. Raises ValueError if it cannot be read.
+    """
+    if str(name).startswith("dalle:"):
+        model = load_dalle(str(name).removeprefix("dalle:"))
+    else:
+        state = training.load_checkpoint(name, "tokenizer")
+        model = DVAE(DVAEConfig(**state["config"]))
+        model.load_state_dict(state.get("average", state["model"]))
     return model.requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from torch import nn
 
 import data
 import training
-from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
+from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, load_pretrained, parameter_groups
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
@@ -241,12 +241,11 @@ def prepare(args, device):
     """(model, training set or None with --eval, held-out set, pixel statistics, class names)."""
     init = None
     if args.init != "random":
-        init = training.load_checkpoint(args.init, *((KIND,) if args.eval else ("pretraining", KIND)))
+        init = load_pretrained(args.init, *((KIND,) if args.eval else ("pretraining", KIND)))
     train_set = None
     if args.eval:
-        classes = init["classes"]
-        model = BeitForClassification(BeitConfig(**init["config"]), len(classes))
-        model.load_state_dict(init["model"])
+        model = BeitForClassification(BeitConfig(**init["config"]), len(init["model"]["head.weight"]))
+        load_backbone(model, init["model"], with_head=True)
         args.image_size = model.config.image_size
     else:
         source = data.open_source(args.data, "train", args.data_dir)
@@ -263,6 +262,10 @@ def prepare(args, device):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     held_out = data.open_source(args.data, args.eval_split, args.data_dir)
+    if args.eval:  # weights from elsewhere have no class names: those of as many classes as the data has fit
+        classes = init["classes"] or held_out.classes
+        if len(classes) != model.head.out_features:
+            raise ValueError(f"{args.init} tells {model.head.out_features} classes apart, {args.data} has {len(classes)}")
     statistics = init["normalise"] if init else "half"
     held_out_set = LabelledViews(args, held_out, len(classes), False)
     data.check_names(held_out.classes, classes, held_out)
@@ -271,7 +274,7 @@ def prepare(args, device):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, or random")
+    parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, published BEiT weights, or random")
     parser.add_argument("--linear-probe", action="store_true", help="freeze the backbone, train norm and head only")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     args = training.parse_recipe(parser, RECIPES, argv)

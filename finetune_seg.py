@@ -19,7 +19,7 @@ from torch import nn
 
 import data
 import training
-from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
+from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, load_pretrained, parameter_groups
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base is the paper's appendix, for ADE20K.
@@ -246,7 +246,7 @@ def prepare(args, device):
     init = None
     if args.init != "random":
         kinds = (KIND,) if args.eval else ("pretraining", "classification", KIND)
-        init = training.load_checkpoint(args.init, *kinds)
+        init = load_pretrained(args.init, *kinds)
     train_set = None
     if args.eval:
         classes = init["classes"]
@@ -274,7 +274,7 @@ def prepare(args, device):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, or random")
+    parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, published BEiT weights, or random")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     args = training.parse_recipe(parser, RECIPES, argv)
     if args.eval and args.init == "random":

@@ -184,12 +184,12 @@ def datasets(args, grid):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--tokenizer", required=True, help="checkpoint.pt of train_tokenizer.py")
+    parser.add_argument("--tokenizer", required=True, help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER with encoder.pkl and decoder.pkl")
     args = training.parse_recipe(parser, RECIPES, argv)
     device, rank, world = training.setup(args.device)
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
-    tokenizer = load_tokenizer(training.load_checkpoint(args.tokenizer, "tokenizer")).to(device)
+    tokenizer = load_tokenizer(args.tokenizer).to(device)
     torch.manual_seed(args.seed)
     model = build(args, tokenizer).to(device)
     train_set, held_out = datasets(args, model.config.grid)

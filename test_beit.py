@@ -10,12 +10,14 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import beit
 import data
@@ -27,6 +29,7 @@ import pretrain
 import reproduce
 import train_tokenizer
 import training
+import verify
 import visualize_attention
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +47,18 @@ def test_blockwise_masks_match_the_released_generator():
     assert 60 <= sizes.min() <= 68
     assert abs(sizes.mean() - 74.47) < 4 * sizes.std() / math.sqrt(20_000)
     assert abs((sizes == 75).mean() - 0.666) < 4 * math.sqrt(0.666 * 0.334 / 20_000)
+
+
+def test_blockwise_masks_have_the_generators_symmetries():
+    """A block's place is uniform and its aspect ratio log-uniform, so that the map of how often each cell is masked
+    looks the same mirrored and transposed, is 74.47 / 196 on average, and is highest in the middle."""
+    rng, draws = random.Random(1), 20_000
+    share = sum(masking.blockwise_mask(rng, 14, 14, 75).astype(float) for _ in range(draws)) / draws
+    error = math.sqrt(2 * 0.25 / draws)  # of the difference of two cells
+    for image in (share[::-1], share[:, ::-1], share.T):
+        assert np.abs(share - image).max() < 5 * error
+    assert share.mean() == pytest.approx(74.47 / 196, abs=0.001)
+    assert share[6:8, 6:8].min() > share[[0, 0, -1, -1], [0, -1, 0, -1]].max() + 20 * error
 
 
 def test_masks_are_blocks():
@@ -974,8 +989,8 @@ def bad_inputs(arrays, made, tmp_path):
         "patches do not divide": ("cls", ["--image-size", "18"], "18 is not a multiple of the patch size 4"),
         "tokens do not divide": ("tokenizer", ["--image-size", "18"], "not a multiple of 4"),
         "wrong kind": ("beit", ["--tokenizer", str(made / "cls" / "checkpoint.pt")], "is a classification checkpoint"),
-        "half a checkpoint": ("cls", ["--init", str(tmp_path / "half.pt")], "not a whole checkpoint"),
-        "code in a checkpoint": ("cls", ["--init", str(tmp_path / "code.pt")], "not a whole checkpoint"),
+        "half a checkpoint": ("cls", ["--init", str(tmp_path / "half.pt")], "not a whole file of weights"),
+        "code in a checkpoint": ("cls", ["--init", str(tmp_path / "code.pt")], "not a whole file of weights"),
         "no checkpoint": ("cls", ["--init", str(tmp_path / "none.pt")], "there is no checkpoint"),
         "mask ratio": ("beit", ["--mask-ratio", "1.5"], "mask ratio 1.5 is outside (0, 1)"),
         "masking": ("beit", ["--masking", "spiral"], "masking 'spiral' is none of"),
@@ -1046,3 +1061,191 @@ def test_readme_names_every_script_and_flag_that_exists():
     known |= set(training.recipe_parser("", {})._option_string_actions)
     known |= {"--init", "--tokenizer", "--eval", "--linear-probe"}
     assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
+
+
+# ---------------------------------------------------------------- weights from elsewhere
+
+# python verify.py --golden: timm 1.0.31's and DALL-E 0.1's outputs for weights and images from a formula
+GOLDEN = {
+    "absolute": [-1.065916, 0.968003, -0.803153],
+    "relative": [-0.570755, 0.222425, 0.304369],
+    "shared": [0.884013, -0.636977, 0.210377],
+}
+GOLDEN_DALLE = [-0.282044, -0.282035, -0.282168, -0.282464, -0.300753, -0.300739, -0.300884, -0.301212]
+
+
+@pytest.mark.parametrize("positions", GOLDEN)
+def test_golden_logits_of_timm(positions):
+    model = verify.formula(finetune_cls.BeitForClassification(verify.golden_config(positions), 3))
+    x = torch.sin(torch.arange(3 * 16 * 16) * 0.3).view(1, 3, 16, 16)
+    assert torch.allclose(model(x)[0], torch.tensor(GOLDEN[positions]), atol=2e-6)
+
+
+def test_golden_logits_of_dalle():
+    model = dvae.DVAE(dvae.DVAEConfig(vocab_size=512, hidden=64, blocks_per_group=1))
+    verify.formula(model.encoder)
+    x = torch.sin(torch.arange(3 * 16 * 16) * 0.3).view(1, 3, 16, 16)
+    logits = model.encode((x + 1) / 2)[0, :, :, :2].permute(2, 0, 1)
+    assert torch.allclose(logits.flatten(), torch.tensor(GOLDEN_DALLE), atol=2e-6)
+
+
+def wide_mim(positions):
+    """A pre-training model whose heads are 64 wide, as published ones are."""
+    return tiny_mim(dim=128, positions=positions, drop_path=0.0)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
+def test_published_files_load_as_they_are(positions, tmp_path):
+    """A bare state dict, one under `model` or `module`, with relative_position_index, and transformers' names."""
+    model = wide_mim(positions)
+    state = model.state_dict()
+    published = state | {"blocks.0.attn.relative_position_index": torch.zeros(2, dtype=torch.int64)}
+    files = {"bare": published, "model": {"model": published}, "module": {"module": published}}
+    files["transformers"] = beit.to_transformers(state)
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        found = beit.load_pretrained(tmp_path / f"{name}.pth", "pretraining")
+        assert beit.BeitConfig(**found["config"]) == model.config
+        assert found["model"].keys() == state.keys()
+        assert all(torch.equal(found["model"][key], state[key]) for key in state)
+
+
+def test_transformers_names_of_one_block():
+    """The names that transformers' files have: written out for one block and the ends."""
+    names = set(beit.to_transformers(tiny_mim(depth=1, positions="shared").state_dict()))
+    block = "beit.encoder.layer.0."
+    expected = {f"{block}attention.attention.{n}" for n in "query.weight query.bias key.weight value.weight value.bias".split()}
+    for module in "attention.output.dense layernorm_before layernorm_after intermediate.dense output.dense".split():
+        expected |= {f"{block}{module}.weight", f"{block}{module}.bias"}
+    expected |= {f"{block}lambda_1", f"{block}lambda_2", "beit.embeddings.cls_token", "beit.embeddings.mask_token"}
+    for module in ("beit.embeddings.patch_embeddings.projection", "layernorm", "lm_head"):
+        expected |= {f"{module}.weight", f"{module}.bias"}
+    assert names == expected | {"beit.encoder.relative_position_bias.relative_position_bias_table"}
+
+
+def test_weights_from_elsewhere_are_strict(tmp_path):
+    """A missing, an unknown or a strange entry is an error that names it."""
+    state = wide_mim("absolute").state_dict()
+    without = {key: value for key, value in state.items() if key != "blocks.1.norm2.bias"}
+    cases = {
+        "missing blocks.1.norm2.bias": without,
+        "missing blocks.1.attn.qkv.weight": {
+            k: v for k, v in beit.to_transformers(state).items() if "layer.1.attention.attention.key" not in k
+        },
+        "unknown blocks.0.adapter": state | {"blocks.0.adapter": torch.zeros(1)},
+        "'epoch' is not a tensor": state | {"epoch": 3},
+        "no patch_embed.proj.weight": {key: value for key, value in state.items() if "patch" not in key},
+    }
+    for message, content in cases.items():
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            found = beit.load_pretrained(tmp_path / "odd.pth", "pretraining")
+            beit.load_backbone(beit.Beit(beit.BeitConfig(**found["config"])), found["model"])
+
+
+def test_safetensors_is_optional(tmp_path, monkeypatch):
+    """Absent: one line that says what to install. Present: the same tensors come back."""
+    state = wide_mim("shared").state_dict()
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "safetensors", None)
+        absent.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            training.write_file(tmp_path / "model.safetensors", state)
+    pytest.importorskip("safetensors")
+    training.write_file(tmp_path / "model.safetensors", beit.to_transformers(state))
+    found = beit.load_pretrained(tmp_path / "model.safetensors", "pretraining")["model"]
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
+    """Bare weights without class names: --init takes pre-trained ones, --eval a classifier of as many classes."""
+    config = tiny_config(image_size=16, patch_size=4, dim=64, heads=1, positions="shared")
+    torch.save(pretrain.BeitForMaskedImageModeling(config, 11).state_dict(), tmp_path / "beit.pth")
+    flags = ["--recipe", "demo", "--data", arrays, "--image-size", "16", "--amp", "off"]
+    short = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8", "--labels-per-class", "4"]
+    finetune_cls.main([*flags, *short, "--init", str(tmp_path / "beit.pth"), "--out", str(tmp_path / "cls")])
+    ours = tmp_path / "cls" / "checkpoint.pt"
+    beit.main([str(ours), str(tmp_path / "hub.pth"), "--names", "transformers"])
+    results = []
+    for path in (ours, tmp_path / "hub.pth"):
+        finetune_cls.main([*flags, "--eval", "--init", str(path)])
+        results.append(beit.load_pretrained(path, "classification")["model"])
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    state = {key: value[:3] if key.startswith("head.") else value for key, value in results[1].items()}
+    torch.save(state, tmp_path / "three.pth")
+    with pytest.raises(ValueError, match="tells 3 classes apart"):
+        finetune_cls.main([*flags, "--eval", "--init", str(tmp_path / "three.pth")])
+
+
+def test_export_refuses_to_overwrite(made, tmp_path):
+    (tmp_path / "there.pth").write_text("keep me")
+    with pytest.raises(ValueError, match="exists already"):
+        beit.main([str(made / "beit" / "checkpoint.pt"), str(tmp_path / "there.pth")])
+    with pytest.raises(ValueError, match="no model with this deconvolution head"):
+        beit.main([str(made / "seg" / "checkpoint.pt"), str(tmp_path / "seg.pth"), "--names", "transformers"])
+
+
+def disguise(module, classes):
+    """Our encoder or decoder as the modules of DALL-E's package: convolutions with `w` and `b`, pool and upsample."""
+    if isinstance(module, nn.Conv2d):
+        new = classes["Conv2d"]()
+        new.w, new.b = module.weight, module.bias
+        return new
+    kind = {dvae.Encoder: "Encoder", dvae.Decoder: "Decoder", dvae.ResidualBlock: "Block"}.get(type(module))
+    if not list(module.children()):
+        return module
+    new = classes[kind]() if kind else nn.Sequential()
+    for name, child in module.named_children():
+        if name == "resize":
+            name = "pool" if isinstance(child, nn.MaxPool2d) else "upsample"
+        new.add_module(name, disguise(child, classes))
+    return new
+
+
+@pytest.fixture
+def dalle(tmp_path, monkeypatch):
+    """(a tokenizer of ours, a folder with it as encoder.pkl and decoder.pkl: whole modules of a package now gone)."""
+    model = tiny_dvae(groups=3, blocks_per_group=2).eval()
+    for part in ("encoder", "decoder"):
+        package = {name: types.ModuleType(f"dall_e.{name}") for name in (part, "utils")}
+        homes = {"Conv2d": "utils", part.capitalize(): part, "Block": part}
+        classes = {}
+        for name, home in homes.items():
+            real = f"{part.capitalize()}Block" if name == "Block" else name
+            classes[name] = type(real, (nn.Module,), {"__module__": f"dall_e.{home}"})
+            setattr(package[home], real, classes[name])
+        with monkeypatch.context() as installed:
+            installed.setitem(sys.modules, "dall_e", types.ModuleType("dall_e"))
+            for home, content in package.items():
+                installed.setitem(sys.modules, f"dall_e.{home}", content)
+            torch.save(disguise(getattr(model, part), classes), tmp_path / f"{part}.pkl")
+    return model, tmp_path
+
+
+def test_dalle_pickles_are_read_without_their_package(dalle):
+    model, folder = dalle
+    read = dvae.load_tokenizer(f"dalle:{folder}")
+    assert read.config == model.config
+    x = torch.rand(3, 3, 16, 16)
+    assert torch.equal(read.tokens(x), model.tokens(x))
+    assert torch.equal(read.decode(read.tokens(x)), model.decode(model.tokens(x)))
+
+
+def test_pretraining_on_a_dalle_tokenizer(dalle, arrays, made, tmp_path):
+    """--tokenizer dalle:FOLDER instead of a checkpoint."""
+    flags = [*script_flags("beit", arrays, made), "--tokenizer", f"dalle:{dalle[1]}", "--out", str(tmp_path / "beit")]
+    pretrain.main(flags)
+    assert training.read_metrics(tmp_path / "beit")[-1]["final"]
+
+
+def test_hostile_pickles_run_nothing(dalle):
+    """A pickle that wants to run a command is refused in one line, as DALL-E's or as BEiT's weights."""
+    folder = dalle[1]
+    for name in ("encoder.pkl", "weights.pth"):
+        torch.save(Evil(folder / "ran"), folder / name)
+    with pytest.raises(ValueError, match="is refused") as dalles:
+        dvae.load_tokenizer(f"dalle:{folder}")
+    with pytest.raises(ValueError, match="not a whole file of weights") as beits:
+        beit.load_pretrained(folder / "weights.pth", "pretraining")
+    assert not (folder / "ran").exists()
+    assert all("\n" not in str(error.value) for error in (dalles, beits))

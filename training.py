@@ -292,15 +292,48 @@ def resume_checkpoint(out, kind, args, model, optimizer, scaler):
     return state
 
 
-def load_checkpoint(path, *kinds):
-    """Read one of our checkpoints without running code in it. Raises ValueError unless its kind is in `kinds`."""
+def read_file(path):
+    """What a .pt, .pth or .safetensors file holds, read without running code in it. Raises ValueError naming it."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        read = safetensors_for(path).load_file
+    else:
+
+        def read(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged and foreign files
-        raise ValueError(f"{path} is not a whole checkpoint of these scripts: {type(error).__name__}") from error
+        return read(path)
+    except Exception as error:  # half a dozen kinds for damaged and foreign files, and for code in a pickle
+        raise ValueError(f"{path} is not a whole file of weights: {type(error).__name__}") from error
+
+
+def write_file(path, state):
+    """Write a state dict as .safetensors, or as .pt or .pth under the key `model`, as published weights have it."""
+    if Path(path).suffix == ".safetensors":
+        safetensors_for(path).save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save({"model": state}, path)
+
+
+def safetensors_for(path):
+    """The optional package safetensors. Raises ValueError saying what to install if it is absent."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError(f"{path} needs the optional package safetensors: pip install safetensors") from error
+    return safetensors.torch
+
+
+def load_checkpoint(path, *kinds):
+    """One of our checkpoints. Raises ValueError unless it is whole and its kind is in `kinds`."""
+    return check_kind(path, read_file(path), *kinds)
+
+
+def check_kind(path, state, *kinds):
+    """`state` itself. Raises ValueError unless it is a whole checkpoint of these scripts, of one of `kinds`."""
     missing = {"kind", "config", "model"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of these scripts: it has no {', '.join(sorted(missing))}")

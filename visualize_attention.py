@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import data
 import training
-from beit import Beit, BeitConfig, load_backbone
+from beit import Beit, BeitConfig, load_backbone, load_pretrained
 
 
 def load_image(image, source, split, data_dir, size):
@@ -68,8 +68,8 @@ def attention_row(model, x, pixels, points):
 
 
 def load_model(checkpoint):
-    """The backbone in any of our checkpoints, and its pixel statistics."""
-    state = training.load_checkpoint(checkpoint, "pretraining", "classification", "segmentation")
+    """The backbone in any of our checkpoints or in published weights, and its pixel statistics."""
+    state = load_pretrained(checkpoint, "pretraining", "classification", "segmentation")
     model = Beit(BeitConfig(**state["config"]))
     load_backbone(model, state["model"])
     return model.eval(), state["normalise"]
@@ -77,7 +77,7 @@ def load_model(checkpoint):
 
 def main(argv=None):
     parser = training.Parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pt of pretrain.py or a fine-tuning script")
+    parser.add_argument("checkpoint", help="checkpoint.pt of pretrain.py or a fine-tuning script, or published BEiT weights")
     parser.add_argument("image", help="an image file, or the number of an image in --data")
     parser.add_argument("--points", nargs="+", help="reference patches as row,column; default: five across the image")
     parser.add_argument("--out", required=True, help="PNG file to write")
