@@ -25,7 +25,7 @@ RECIPES = {
     # name: (demo, fashion, base, large, help). base is the paper's appendix, for ADE20K.
     "data": ("shapes", "fashion-scenes", None, None, "data set with masks: a name or a path, see data.py"),
     "image_size": (24, 28, 512, 512, "pixels of the crop; larger images are evaluated by a sliding window"),
-    "train_images": (800, 500, 0, 0, "train on so many images, drawn by the seed; 0: all"),
+    "train_images": (800, 200, 0, 0, "train on so many images, drawn by the seed; 0: all"),
     "model": ("tiny", "tiny", "base", "large", "size with --init random; a checkpoint brings its own"),
     "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
     "decoder_dim": (64, 64, 256, 256, "channels between the deconvolution layers"),
@@ -36,10 +36,10 @@ RECIPES = {
     "flip": (True, True, True, True, "mirror half of the images"),
     "photometric": (False, False, True, True, "vary brightness, contrast and saturation"),
     # optimisation
-    "steps": (400, 200, 160_000, 160_000, "optimisation steps"),
-    "warmup_steps": (40, 20, 1500, 1500, "of linear warm-up; then linear to 0"),
+    "steps": (400, 300, 160_000, 160_000, "optimisation steps"),
+    "warmup_steps": (40, 30, 1500, 1500, "of linear warm-up; then linear to 0"),
     "batch_size": (16, 32, 16, 16, "images per step, all processes together"),
-    "lr": (1.6e-2, 4e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
+    "lr": (1.6e-2, 2e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
     "layer_decay": (0.75, 0.75, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),

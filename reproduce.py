@@ -40,12 +40,12 @@ RECIPES = {
     "labels": ((100,), (100, 10), "labels per class to fine-tune the classifier with"),
     "cls_epochs": ((15.0,), (10.0, 100.0), "passes over them, for equal steps"),
     "cls_batch": (40, 50, "images per step of the classifier"),
-    "seg_images": (800, 500, "images with masks to fine-tune the segmenter with"),
+    "seg_images": (800, 200, "images with masks to fine-tune the segmenter with"),
     "seeds": (1, 3, "fine-tuning runs per row, each with labelled images of its own"),
     "cls_lr": ((1e-3,), (1e-3, 2e-3), "learning rates to choose from, for pre-trained weights"),
-    "cls_lr_random": ((5e-4,), (5e-4, 1e-3, 2e-3), "and for random weights"),
-    "seg_lr": ((1.6e-2,), (4e-3,), "likewise for segmentation, pre-trained"),
-    "seg_lr_random": ((8e-3,), (2e-3, 4e-3), "and random"),
+    "cls_lr_random": ((5e-4,), (2.5e-4, 5e-4, 1e-3, 2e-3), "and for random weights"),
+    "seg_lr": ((1.6e-2,), (2e-3, 4e-3), "likewise for segmentation, pre-trained"),
+    "seg_lr_random": ((8e-3,), (2e-3, 4e-3, 8e-3), "and random"),
     "longer": (0, 4, "random weights also get so many times the steps; 0: not"),
 }
 COLUMNS = ("demo", "fashion")
