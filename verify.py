@@ -180,6 +180,7 @@ def against_dalle(folder, images=50):
 
     torch.manual_seed(0)
     encoder, decoder = dall_e.Encoder().eval(), dall_e.Decoder().eval()
+    decoder.blocks.input.w.mul_(8192**0.5)  # one-hot input: at its own scale every random image is the same grey
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         torch.save(module, Path(folder) / f"{name}.pkl")
     ours = dvae.load_tokenizer(f"dalle:{folder}")
