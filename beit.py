@@ -576,7 +576,7 @@ def main(argv=None):
         raise ValueError(f"{args.destination} exists already: choose a new name")
     if args.names == "transformers":
         if found["kind"] == "segmentation":
-            raise ValueError("transformers has no model with this deconvolution head: export a classifier or pre-training")
+            raise ValueError("transformers has no model with this deconvolution head: export with --names released")
         state = to_transformers(state)
     training.write_file(args.destination, state)
 

@@ -265,7 +265,8 @@ def prepare(args, device):
     if args.eval:  # weights from elsewhere have no class names: those of as many classes as the data has fit
         classes = init["classes"] or held_out.classes
         if len(classes) != model.head.out_features:
-            raise ValueError(f"{args.init} tells {model.head.out_features} classes apart, {args.data} has {len(classes)}")
+            known = model.head.out_features
+            raise ValueError(f"{args.init} tells {known} classes apart, {args.data} has {len(classes)}")
     statistics = init["normalise"] if init else "half"
     held_out_set = LabelledViews(args, held_out, len(classes), False)
     data.check_names(held_out.classes, classes, held_out)
@@ -274,7 +275,7 @@ def prepare(args, device):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--init", required=True, help="checkpoint.pt of pretrain.py or finetune_cls.py, published BEiT weights, or random")
+    parser.add_argument("--init", required=True, help="checkpoint.pt of an earlier script, published weights, or random")
     parser.add_argument("--linear-probe", action="store_true", help="freeze the backbone, train norm and head only")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     args = training.parse_recipe(parser, RECIPES, argv)

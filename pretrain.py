@@ -184,7 +184,7 @@ def datasets(args, grid):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--tokenizer", required=True, help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER with encoder.pkl and decoder.pkl")
+    parser.add_argument("--tokenizer", required=True, help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER")
     args = training.parse_recipe(parser, RECIPES, argv)
     device, rank, world = training.setup(args.device)
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)

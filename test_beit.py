@@ -1114,7 +1114,8 @@ def test_transformers_names_of_one_block():
     """The names that transformers' files have: written out for one block and the ends."""
     names = set(beit.to_transformers(tiny_mim(depth=1, positions="shared").state_dict()))
     block = "beit.encoder.layer.0."
-    expected = {f"{block}attention.attention.{n}" for n in "query.weight query.bias key.weight value.weight value.bias".split()}
+    attention = "query.weight query.bias key.weight value.weight value.bias".split()
+    expected = {f"{block}attention.attention.{name}" for name in attention}
     for module in "attention.output.dense layernorm_before layernorm_after intermediate.dense output.dense".split():
         expected |= {f"{block}{module}.weight", f"{block}{module}.bias"}
     expected |= {f"{block}lambda_1", f"{block}lambda_2", "beit.embeddings.cls_token", "beit.embeddings.mask_token"}

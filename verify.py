@@ -1,6 +1,6 @@
 """Number for number: our networks against the independent implementations that people use.
 
-    pip install timm transformers safetensors scipy dall-e attrs blobfile requests     # in an environment of its own
+    pip install timm transformers safetensors scipy dall-e attrs requests     # in an environment of its own
     python verify.py                                                    # the README's table, minutes on two cores
     python verify.py --golden                                           # the values in test_beit.py
 
@@ -8,6 +8,7 @@ Random weights, random images, float32. A row says what was compared, with which
 exit status 1 if one is larger than its bound. Nothing else in this project needs those packages.
 """
 
+import importlib
 import importlib.metadata
 import math
 import random
@@ -54,6 +55,7 @@ def randomise(model, seed=0):
 
 
 def config(size, positions):
+    """BeitConfig of one of SIZES."""
     return beit.BeitConfig(**SIZES[size], positions=positions)
 
 
@@ -69,21 +71,30 @@ def gradient_gap(ours, theirs):
 
 
 def gradients(model):
+    """{name: gradient} of every parameter."""
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+
+
 def import_oracle(name):
-    """Import timm or transformers, which import torchvision: its CPU build may lack two operators they never call."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    """Import one of the packages to compare with. Raises ValueError saying what to install if it is absent.
+
+    timm and transformers import torchvision, which without its compiled part lacks two operators that they never call.
+    """
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module(name), library
+            TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {name} ({error}): see python verify.py --help for what to install") from error
 
 
 def against_timm(size, positions):
     """Features, logits and gradients of the classifier; a finetune_cls.py state dict loads with strict=True."""
-    timm, _library = import_oracle("timm.models.beit")
+    timm = import_oracle("timm.models.beit")
     c = config(size, positions)
     ours = randomise(BeitForClassification(c, CLASSES)).eval()
     theirs = timm.Beit(
@@ -93,7 +104,8 @@ def against_timm(size, positions):
     ).eval()  # fmt: skip
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, c.image_size, c.image_size, generator=torch.Generator().manual_seed(1))
-    report(f"features, {size}, {positions}", "timm Beit", gap(beit.Beit.forward(ours, x), theirs.forward_features(x)), 1e-5)
+    H, theirs_H = beit.Beit.forward(ours, x), theirs.forward_features(x)
+    report(f"features, {size}, {positions}", "timm Beit", gap(H, theirs_H), 1e-5)
     a, b = ours(x), theirs(x)
     report(f"logits, {size}, {positions}", "timm Beit", gap(a, b), 1e-5)
     for logits in (a, b):
@@ -102,9 +114,8 @@ def against_timm(size, positions):
 
 
 def transformers_config(c, **more):
-    import transformers
-
-    return transformers.BeitConfig(
+    """Ours, as transformers' configuration."""
+    return import_oracle("transformers").BeitConfig(
         hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads,
         intermediate_size=int(c.dim * c.mlp_ratio), image_size=c.image_size, patch_size=c.patch_size,
         layer_norm_eps=1e-6, layer_scale_init_value=float(c.layer_scale), drop_path_rate=0.0,
@@ -116,11 +127,9 @@ def transformers_config(c, **more):
 
 def as_transformers_reads(model, kind, folder, **more):
     """Our model exported to a .safetensors file in `folder` and loaded by transformers."""
-    import transformers
-
     training.write_file(folder / "model.safetensors", beit.to_transformers(model.state_dict()))
     transformers_config(model.config, **more).save_pretrained(folder)
-    loaded, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    loaded, info = getattr(import_oracle("transformers"), kind).from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     return loaded.eval()
 
@@ -133,7 +142,6 @@ def as_we_read(theirs, folder):
 
 def against_transformers(size, positions):
     """Masked-image-modelling logits, loss and gradients, and a classifier's logits; files in both directions."""
-    _, _library = import_oracle("transformers")
     c = config(size, positions)
     ours = randomise(BeitForMaskedImageModeling(c, VOCABULARY)).eval()
     rng = random.Random(0)
@@ -146,25 +154,26 @@ def against_transformers(size, positions):
         more = dict(vocab_size=VOCABULARY, use_mask_token=True)
         theirs = as_transformers_reads(ours, "BeitForMaskedImageModeling", folder, **more)
         counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
-        report(f"parameters of pre-training, {size}, {positions}: {counts[0]:,}", "transformers", abs(counts[0] - counts[1]), 0)
+        what = f"{size}, {positions}"
+        report(f"parameters of pre-training, {what}: {counts[0]:,}", "transformers", abs(counts[0] - counts[1]), 0)
         a = ours(x, mask)
         out = theirs(x, bool_masked_pos=mask, labels=z)
-        what = f"{size}, {positions}"
         report(f"p_MIM logits at masked positions, {what}", "transformers", gap(a, out.logits[mask]), 1e-5)
         loss = F.cross_entropy(a, z)
         report(f"eq. 1's loss, {what}", "transformers", gap(loss, out.loss), 1e-6)
         loss.backward()
         out.loss.backward()
         back = as_we_read(theirs, folder / "back")
-        report(f"weights there and back, {what}", "transformers", max(gap(back[k], v) for k, v in ours.state_dict().items()), 0)
+        moved = max(gap(back[key], value) for key, value in ours.state_dict().items())
+        report(f"weights there and back, {what}", "transformers", moved, 0)
         for p in theirs.parameters():  # its gradients come back under our names as its weights do
             p.data = p.grad
-        report(f"gradients, {what}", "transformers", gradient_gap(gradients(ours), as_we_read(theirs, folder / "gradients")), 1e-4)
+        difference = gradient_gap(gradients(ours), as_we_read(theirs, folder / "gradients"))
+        report(f"gradients, {what}", "transformers", difference, 1e-4)
 
 
 def against_transformers_classifier(size, positions):
     """A classifier's logits, through a .safetensors file."""
-    _, _library = import_oracle("transformers")
     c = config(size, positions)
     ours = randomise(BeitForClassification(c, CLASSES)).eval()
     x = torch.randn(2, 3, c.image_size, c.image_size, generator=torch.Generator().manual_seed(1))
@@ -176,8 +185,7 @@ def against_transformers_classifier(size, positions):
 @torch.no_grad()
 def against_dalle(folder, images=50):
     """DALL-E's own modules, saved whole with torch.save, read by us: logits, tokens and reconstructions."""
-    import dall_e
-
+    dall_e = import_oracle("dall_e")
     torch.manual_seed(0)
     encoder, decoder = dall_e.Encoder().eval(), dall_e.Decoder().eval()
     decoder.blocks.input.w.mul_(8192**0.5)  # one-hot input: at its own scale every random image is the same grey
@@ -202,11 +210,9 @@ def against_dalle(folder, images=50):
 
 def against_spline(table, grid):
     """The relative table of another grid by scipy's cubic splines, the knots found by another root finder."""
-    from scipy.interpolate import CubicSpline
-    from scipy.optimize import brentq
-
+    CubicSpline = import_oracle("scipy.interpolate").CubicSpline
     old = (math.isqrt(len(table) - 3) + 1) // 2
-    q = brentq(lambda q: (q ** (old - 1) - 1) / (q - 1) - (grid - 1), 1.0001, 3)
+    q = import_oracle("scipy.optimize").brentq(lambda q: (q ** (old - 1) - 1) / (q - 1) - (grid - 1), 1.0001, 3)
     positive = np.cumsum(q ** np.arange(old - 1))
     x = np.concatenate([-positive[::-1], [0], positive])
     new = np.arange(-(grid - 1), grid)
@@ -217,7 +223,7 @@ def against_spline(table, grid):
 
 def interpolation():
     """224 -> 384 and 224 -> 512: E_pos against timm, relative tables against scipy."""
-    timm, _library = import_oracle("timm.layers")
+    timm = import_oracle("timm.layers")
     generator = torch.Generator().manual_seed(0)
     pos_embed, table = torch.randn(1, 197, 768, generator=generator), torch.randn(27**2 + 3, 12, generator=generator)
     for size in (384, 512):
@@ -232,7 +238,8 @@ def interpolation():
 
 def large_and_384():
     """--model large, and base at 384 pixels: forward and backward give finite numbers."""
-    for name, c in (("large", config("large", "shared")), ("base at 384", beit.BeitConfig(image_size=384, drop_path=0.0))):
+    cases = {"large": config("large", "shared"), "base at 384": beit.BeitConfig(image_size=384, drop_path=0.0)}
+    for name, c in cases.items():
         model = BeitForMaskedImageModeling(c, VOCABULARY)
         mask = torch.zeros(1, c.grid**2, dtype=torch.bool)
         mask[:, :75] = True
@@ -242,7 +249,7 @@ def large_and_384():
 
 
 def formula(model):
-    """Parameters that need no random generator: 0.02 (or 1 +, for norms) times sines of a running number."""
+    """Parameters that need no random generator: 0.05 times sines of a running number, 1 more for the norms' scales."""
     start = 0
     for name, parameter in model.named_parameters():
         values = torch.sin(torch.arange(start, start + parameter.numel(), dtype=torch.float64) * 0.7).float() * 0.05
@@ -253,9 +260,7 @@ def formula(model):
 
 def golden():
     """A handful of timm's and DALL-E's outputs from formula weights and images, for test_beit.py."""
-    timm, _library = import_oracle("timm.models.beit")
-    import dall_e
-
+    timm, dall_e = import_oracle("timm.models.beit"), import_oracle("dall_e")
     x = torch.sin(torch.arange(3 * 16 * 16) * 0.3).view(1, 3, 16, 16)
     for positions in ("absolute", "relative", "shared"):
         model = timm.Beit(
@@ -272,6 +277,7 @@ def golden():
 
 
 def golden_config(positions):
+    """Of the model whose outputs test_beit.py holds."""
     return beit.BeitConfig(16, 4, 32, 2, 2, positions=positions, layer_scale=0.1, drop_path=0.0)
 
 

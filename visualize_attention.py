@@ -77,7 +77,7 @@ def load_model(checkpoint):
 
 def main(argv=None):
     parser = training.Parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pt of pretrain.py or a fine-tuning script, or published BEiT weights")
+    parser.add_argument("checkpoint", help="checkpoint.pt of ours, or published BEiT weights")
     parser.add_argument("image", help="an image file, or the number of an image in --data")
     parser.add_argument("--points", nargs="+", help="reference patches as row,column; default: five across the image")
     parser.add_argument("--out", required=True, help="PNG file to write")
