@@ -275,7 +275,7 @@ def prepare(args, device):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--init", required=True, help="checkpoint.pt of an earlier script, published weights, or random")
+    parser.add_argument("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
     parser.add_argument("--linear-probe", action="store_true", help="freeze the backbone, train norm and head only")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     args = training.parse_recipe(parser, RECIPES, argv)
