@@ -1,7 +1,7 @@
 """The whole paper in one command: tokenizer, pre-training, classification, segmentation, against random weights.
 
     python reproduce.py                                          # demo: drawn shapes, minutes on two cores
-    python reproduce.py --recipe fashion                         # real images, about 25 minutes on two cores
+    python reproduce.py --recipe fashion                         # real images, 26 minutes on two cores
 
 Every stage is one of the scripts, run as a reader would run it; its command is in OUT/commands.txt, its output in
 OUT/STAGE.log, its checkpoint, numbers and pictures in OUT/STAGE/. Learning rates are chosen on the validation
