@@ -1055,7 +1055,7 @@ def test_readme_names_every_script_and_flag_that_exists():
         assert (HERE / picture).is_file()
     for script in HERE.glob("*.py"):
         assert script.name in text or script.name == "test_beit.py"
-    known = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--size", "--points"}
+    known = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--size", "--points", "--names"}
     for module in MODULES.values():
         known |= {f"--{name.replace('_', '-')}" for name in module.RECIPES}
     known |= set(training.recipe_parser("", {})._option_string_actions)
