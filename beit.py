@@ -16,7 +16,6 @@ Images are float tensors (B, 3, H, W), normalised. A mask is bool, True = masked
 
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -518,6 +517,8 @@ def load_pretrained(path, *kinds):
     if "kind" in content:
         return training.check_kind(path, content, *kinds)
     state = content.get("model", content.get("module", content))
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__} as its model, not a state dict")
     strange = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise ValueError(f"{path} is not a state dict: {strange[0]!r} is not a tensor")
@@ -572,8 +573,6 @@ def main(argv=None):
     print("  ".join(f"{name} {value}" for name, value in found["config"].items()))
     if args.destination is None:
         return
-    if Path(args.destination).exists():
-        raise ValueError(f"{args.destination} exists already: choose a new name")
     if args.names == "transformers":
         if found["kind"] == "segmentation":
             raise ValueError("transformers has no model with this deconvolution head: export with --names released")

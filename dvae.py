@@ -338,6 +338,8 @@ def parameters_of(record, prefix=""):
 
 def read_pickled_module(path):
     """{name: tensor} of one of DALL-E's files. Raises ValueError if it is not one, or wants to run code."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: dalle:FOLDER names a folder with DALL-E's encoder.pkl and decoder.pkl")
     try:
         with torch.serialization.safe_globals([(Record, name) for name in DALLE_CLASSES]):
             return parameters_of(torch.load(path, map_location="cpu", weights_only=True))
@@ -363,7 +365,8 @@ def load_dalle(folder):
         try:
             part.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{folder}: these tensors are not those of DALL-E's networks: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder}: these tensors are not those of DALL-E's networks: {reason}") from error
     return model
 
 

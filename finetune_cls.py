@@ -256,8 +256,10 @@ def prepare(args, device):
         config = finetuned_config(init, args.model, args.image_size, args.drop_path)
         torch.manual_seed(args.seed)
         model = BeitForClassification(config, len(classes))
-        if init:  # a classifier of the same classes goes on with its head, say at a higher resolution
-            load_backbone(model, init["model"], with_head=init.get("classes") == classes)
+        if init:  # a classifier of the same classes, or of as many without names, goes on with its head, say at 384
+            same = init["kind"] == KIND and init["classes"] in (classes, None)
+            same = same and len(init["model"]["head.weight"]) == len(classes)
+            load_backbone(model, init["model"], with_head=same)
         if args.linear_probe:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))

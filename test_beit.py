@@ -1135,6 +1135,8 @@ def test_weights_from_elsewhere_are_strict(tmp_path):
         },
         "unknown blocks.0.adapter": state | {"blocks.0.adapter": torch.zeros(1)},
         "'epoch' is not a tensor": state | {"epoch": 3},
+        "holds a int as its model": {"model": 3},
+        "holds a list, not a state dict": [1],
         "no patch_embed.proj.weight": {key: value for key, value in state.items() if "patch" not in key},
     }
     for message, content in cases.items():
@@ -1172,6 +1174,10 @@ def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
         finetune_cls.main([*flags, "--eval", "--init", str(path)])
         results.append(beit.load_pretrained(path, "classification")["model"])
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    more = [*flags, *short, "--init", str(tmp_path / "hub.pth"), "--lr", "0", "--min-lr", "0"]
+    finetune_cls.main([*more, "--out", str(tmp_path / "on")])  # as many classes: it goes on with the head it has
+    went_on = beit.load_pretrained(tmp_path / "on" / "checkpoint.pt", "classification")["model"]
+    assert torch.equal(went_on["head.weight"], results[0]["head.weight"])
     state = {key: value[:3] if key.startswith("head.") else value for key, value in results[1].items()}
     torch.save(state, tmp_path / "three.pth")
     with pytest.raises(ValueError, match="tells 3 classes apart"):
@@ -1182,6 +1188,8 @@ def test_export_refuses_to_overwrite(made, tmp_path):
     (tmp_path / "there.pth").write_text("keep me")
     with pytest.raises(ValueError, match="exists already"):
         beit.main([str(made / "beit" / "checkpoint.pt"), str(tmp_path / "there.pth")])
+    with pytest.raises(ValueError, match="its folder does not"):
+        beit.main([str(made / "beit" / "checkpoint.pt"), str(tmp_path / "nowhere" / "new.pth")])
     with pytest.raises(ValueError, match="no model with this deconvolution head"):
         beit.main([str(made / "seg" / "checkpoint.pt"), str(tmp_path / "seg.pth"), "--names", "transformers"])
 
@@ -1242,6 +1250,8 @@ def test_pretraining_on_a_dalle_tokenizer(dalle, arrays, made, tmp_path):
 def test_hostile_pickles_run_nothing(dalle):
     """A pickle that wants to run a command is refused in one line, as DALL-E's or as BEiT's weights."""
     folder = dalle[1]
+    with pytest.raises(ValueError, match="there is no .*encoder.pkl"):
+        dvae.load_tokenizer("dalle:nowhere")
     for name in ("encoder.pkl", "weights.pth"):
         torch.save(Evil(folder / "ran"), folder / name)
     with pytest.raises(ValueError, match="is refused") as dalles:

@@ -6,6 +6,7 @@ logs and PNG pictures. No component of the paper and no training loop is in here
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -300,10 +301,7 @@ def read_file(path):
     if path.suffix == ".safetensors":
         read = safetensors_for(path).load_file
     else:
-
-        def read(path):
-            return torch.load(path, map_location="cpu", weights_only=True)
-
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
     try:
         return read(path)
     except Exception as error:  # half a dozen kinds for damaged and foreign files, and for code in a pickle
@@ -311,7 +309,12 @@ def read_file(path):
 
 
 def write_file(path, state):
-    """Write a state dict as .safetensors, or as .pt or .pth under the key `model`, as published weights have it."""
+    """Write a state dict to a new file: .safetensors, or .pt or .pth under the key `model`, as published weights are.
+
+    Raises ValueError if the file is there already or its folder is not.
+    """
+    if Path(path).exists() or not Path(path).parent.is_dir():
+        raise ValueError(f"{path} exists already or its folder does not: choose a new name in a folder that is there")
     if Path(path).suffix == ".safetensors":
         safetensors_for(path).save_file({key: value.contiguous() for key, value in state.items()}, path)
     else:
