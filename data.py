@@ -362,8 +362,9 @@ def hue(h):
 def draw_shapes(uniforms, size):
     """Draw images from uniform numbers (n, 40): uint8 images (n, size, size, 3), labels (n,), masks (n, size, size).
 
-    On a dark texture two small shapes, then the large one in front, whose kind is the label. Mask 0 is
-    background, c + 1 is class c.
+    On a dark texture two small shapes, then the large one in front, whose kind is the label. Each is brighter towards
+    its middle, so that its inside tells of its outline too, as it does in photographs. Mask 0 is background, c + 1 is
+    class c.
     """
     n = len(uniforms)
     u = iter(uniforms.T[:, :, None, None].astype(np.float32))  # each next(u): (n, 1, 1)
@@ -371,11 +372,11 @@ def draw_shapes(uniforms, size):
     waves = [np.sin((next(u) - 0.5) * x + (next(u) - 0.5) * y + 6.3 * next(u)) for _ in range(2)]
     images = (0.5 + 0.5 * hue(next(u))) * (0.15 + 0.1 * waves[0] * waves[1])[..., None]
     masks = np.zeros((n, size, size), np.uint8)
-    for low, high in ((0.1, 0.15), (0.1, 0.15), (0.28, 0.42)):  # range of radii, in image sides
+    for low, high in ((0.1, 0.15), (0.1, 0.15), (0.32, 0.42)):  # range of radii, in image sides
         kind = np.floor(next(u)[:, 0, 0] * len(SHAPE_CLASSES)).astype(int)
         radius = (low + (high - low) * next(u)) * size
         cx, cy = (radius + (size - 2 * radius) * next(u) for _ in range(2))
-        turn = (next(u) - 0.5) * math.pi / 2  # at most 45 degrees either way
+        turn = (next(u) - 0.5) * math.pi / 6  # at most 15 degrees either way
         colour = hue(np.floor(next(u) * 6) / 6)
         du, dv = (x - cx) / radius, (y - cy) / radius
         du, dv = du * np.cos(turn) + dv * np.sin(turn), dv * np.cos(turn) - du * np.sin(turn)
@@ -383,7 +384,8 @@ def draw_shapes(uniforms, size):
         for c, name in enumerate(SHAPE_CLASSES):
             distance[kind == c] = shape_distance(name, du[kind == c], dv[kind == c])
         cover = np.clip(0.5 - distance * radius, 0, 1)[..., None]  # soft edge, one pixel wide
-        images = images * (1 - cover) + colour * cover
+        shade = 0.5 + 0.5 * np.clip(-distance / 0.6, 0, 1)[..., None]
+        images = images * (1 - cover) + colour * shade * cover
         masks = np.where(distance < 0, (kind[:, None, None] + 1).astype(np.uint8), masks)
     return (images * 255).round().astype(np.uint8), kind, masks
 
@@ -661,6 +663,12 @@ def normalise(images, statistics):
     """Images in [0, 1] -> standardised by the named statistics, the range the patches want."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in STATISTICS[statistics])
     return (images - mean) / std
+
+
+def denormalise(images, statistics):
+    """The inverse of normalise."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in STATISTICS[statistics])
+    return images * std + mean
 
 
 # ---------------------------------------------------------------- python data.py: convert once

@@ -82,7 +82,7 @@ def random_mask(rng, h, w, count):
 
 
 def make_mask(kind, rng, grid, ratio, min_block):
-    """The mask that pretrain.py's --masking names: blockwise, printed or random.
+    """The mask that pretrain.py's --masking names: blockwise, printed, random, or none (table 4, "- masking").
 
     Raises ValueError on other names, and if ratio or min_block does not fit the grid.
     """
@@ -95,7 +95,9 @@ def make_mask(kind, rng, grid, ratio, min_block):
         return printed_mask(rng, grid, grid, ratio, min_block)
     if kind == "random":
         return random_mask(rng, grid, grid, count)
-    raise ValueError(f"masking {kind!r} is none of 'blockwise', 'printed', 'random'")
+    if kind == "none":
+        return np.zeros((grid, grid), dtype=bool)
+    raise ValueError(f"masking {kind!r} is none of 'blockwise', 'printed', 'random', 'none'")
 
 
 def main(draws=20_000):

@@ -19,6 +19,8 @@ That is the second stage of the VAE view (section 2.4). The bound of eq. 2,
 becomes eq. 3 with the likeliest tokens z^ in place of the expectation: log p_psi(x|z^) + log p_theta(z^|x~).
 `evaluate` reports its two terms in nats per image.
 
+Table 4's ablations are flags, one each: --masking random, --target pixels, --recover all, --masking none with it.
+
 OUT: checkpoint.pt, metrics.jsonl, predictions.png (original, masked input, the dVAE's decoding of the predicted
 tokens in the masked places), loss.png.
 """
@@ -44,10 +46,12 @@ RECIPES = {
     "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area that a random crop keeps; 1: no crop"),
     "flip": (True, True, True, True, "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, "brightness, contrast and saturation vary by this share"),
-    # masking
-    "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise; printed: Algorithm 1's letter; random"),
+    # what is masked, and what is to be recovered (other values: table 4)
+    "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise, printed (Algorithm 1), random or none"),
     "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "share of the patches to mask, at most: 75 of 196 in the paper"),
     "min_block": (4, 4, 16, 16, "smallest block, in patches"),
+    "target": ("tokens", "tokens", "tokens", "tokens", "tokens z, or the patch's own: pixels, normalised-pixels"),
+    "recover": ("masked", "masked", "masked", "masked", "positions to recover: masked, or all (100 %)"),
     # backbone
     "model": ("tiny", "tiny", "base", "large", "size of the backbone, see MODELS in beit.py"),
     "positions": ("absolute", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
@@ -66,22 +70,50 @@ RECIPES = {
 }
 
 KIND = "pretraining"  # of its checkpoints
+TARGETS, RECOVER = ("tokens", "pixels", "normalised-pixels"), ("masked", "all")
 
 
 class BeitForMaskedImageModeling(Beit):
-    """The backbone with e_[M] and the head W_c, b_c of p_MIM."""
+    """The backbone with e_[M] and the head W_c, b_c of p_MIM: n_out = |V| logits, or a patch's 3 P² pixel values."""
 
-    def __init__(self, config, vocab_size):
+    def __init__(self, config, n_out):
         super().__init__(config, mask_embedding=True)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.lm_head = nn.Linear(config.dim, vocab_size)  # W_c, b_c
+        self.lm_head = nn.Linear(config.dim, n_out)  # W_c, b_c
         init_weight(self.lm_head.weight, cut=STD)
         nn.init.zeros_(self.lm_head.bias)
 
-    def forward(self, x, mask):
-        """Logits at the masked positions only, in the mask's row-major order: (B, 3, H, W), (B, N) -> (|M|, |V|)."""
-        h = super().forward(x, mask)[:, 1:][mask]  # h_i^L, i in M: (|M|, D)
+    def forward(self, x, mask, where=None):
+        """Logits at the masked positions only, in the mask's row-major order: (B, 3, H, W), (B, N) -> (|M|, n_out).
+
+        where: bool (B, N), positions to predict in place of the masked ones.
+        """
+        h = super().forward(x, mask)[:, 1:][mask if where is None else where]  # h_i^L, i in M: (|M|, D)
         return self.lm_head(self.norm(h))
+
+
+def recovery_targets(kind, x, pixels, tokenizer, patch):
+    """What each position is to recover, of the uncorrupted image: z of eq. 1, int64 (B, N).
+
+    Table 4, "- visual tokens": the pixels of its own patch, as the model sees them (normalised-pixels: standardised
+    by the patch's own mean and deviation, so that contrast is all that counts), float (B, N, 3P²).
+    """
+    if kind == "tokens":
+        return tokenizer.tokens(pixels).flatten(1)
+    patches = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (B, N, 3P²)
+    return F.layer_norm(patches, patches.shape[-1:], eps=1e-6) if kind == "normalised-pixels" else patches
+
+
+def recovery_loss(prediction, target):
+    """Summed over positions: -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values."""
+    if target.is_floating_point():
+        return (prediction - target).pow(2).mean(-1).sum()
+    return F.cross_entropy(prediction, target, reduction="sum")
+
+
+def recovered_positions(recover, mask):
+    """Bool (B, N): M, or with "recover 100 %" every position."""
+    return torch.ones_like(mask) if recover == "all" else mask
 
 
 class MaskedViews(data.Crops):
@@ -90,6 +122,8 @@ class MaskedViews(data.Crops):
     def __init__(self, args, source, views, grid, train):
         crop = (args.min_crop, args.flip, args.jitter) if train else ()
         super().__init__(source, views, train, args.seed, *crop)
+        if args.masking == "none" and args.recover != "all":
+            raise ValueError("--masking none leaves nothing to recover: add --recover all")
         self.how = args.masking, grid, args.mask_ratio, args.min_block
         make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # a bad ratio or name is found before training
 
@@ -101,69 +135,96 @@ class MaskedViews(data.Crops):
 
 def two_views(batch, device, statistics):
     """A loaded batch -> (patch view x normalised, tokenizer's view in [0, 1], mask (B, N)), on the device."""
-    patches, pixels, mask = batch
+    patches, *token_view, mask = batch
+    (pixels,) = token_view or [patches]  # without a tokenizer there is one view
     x = data.normalise(data.to_float(patches, device), statistics)
     return x, data.to_float(pixels, device), mask.to(device, non_blocking=True).flatten(1)
 
 
 @torch.no_grad()
 def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
-    """Masked-token loss and accuracy, and the two terms of eq. 3, on held-out images with fixed masks.
+    """Loss and accuracy of what is to be recovered, and the two terms of eq. 3, on held-out images with fixed masks.
 
     mim_loss: nats per masked token. mim_accuracy: share of masked tokens whose likeliest prediction is right.
     commonest_token: accuracy of always saying the commonest. stage1_nats: log p_psi(x|z^); stage2_nats:
-    log p_theta(z^|x~) of the masked tokens; both per image.
+    log p_theta(z^|x~) of the masked tokens; both per image. Pixels have mim_loss alone, a mean squared error.
     """
     model.eval()
-    batch_size = max(1, args.batch_size // world // args.accumulate)
-    counts = torch.zeros(tokenizer.config.vocab_size, dtype=torch.float64, device=device)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # tokens, loss, right, images, log p_psi
+    grid, batch_size = model.config.grid, max(1, args.batch_size // world // args.accumulate)
+    counts = torch.zeros(tokenizer.config.vocab_size if tokenizer else 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # positions, loss, images, right, log p_psi
     for batch in data.eval_batches(held_out, batch_size, args.eval_images, rank, world, args.workers):
         x, pixels, mask = two_views(batch, device, args.normalise)
+        where = recovered_positions(args.recover, mask)
         with autocast():
-            z = tokenizer.tokens(pixels)
-            logits = model(x, mask)
-        targets = z.flatten(1)[mask]
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        right = (logits.argmax(-1) == targets).sum()
-        # Eq. 3's first term; its second is the sum of log p_MIM over M, which is -loss.
-        log_p = -tokenizer.negative_log_likelihood(pixels, *tokenizer.decode_parameters(z)).sum()
-        sums += torch.stack([mask.sum(), loss, right, torch.tensor(len(x), device=device), log_p]).double()
-        counts += torch.bincount(targets, minlength=len(counts))
+            target = recovery_targets(args.target, x, pixels, tokenizer, model.config.patch_size)
+            prediction = model(x, mask, where).float()
+        sums[0] += where.sum()
+        sums[1] += recovery_loss(prediction, target[where])
+        sums[2] += len(x)
+        if tokenizer:
+            counts += torch.bincount(target[where], minlength=len(counts))
+            sums[3] += (prediction.argmax(-1) == target[where]).sum()
+            # Eq. 3's first term; its second is the sum of log p_MIM over M, which is -loss.
+            with autocast():
+                parameters = tokenizer.decode_parameters(target.unflatten(1, (grid, grid)))
+            sums[4] -= tokenizer.negative_log_likelihood(pixels, *parameters).sum()
     model.train()
     training.all_sum(counts)
-    tokens, loss, right, images, log_p = training.all_sum(sums).tolist()
-    return {
-        "mim_loss": loss / max(tokens, 1),
-        "mim_accuracy": right / max(tokens, 1),
-        "commonest_token": counts.max().item() / max(tokens, 1),
-        "stage1_nats": log_p / images,
-        "stage2_nats": -loss / images,
-    }
+    positions, loss, images, right, log_p = training.all_sum(sums).tolist()
+    positions = max(positions, 1)
+    result = {"mim_loss": loss / positions}
+    if tokenizer:
+        result |= {"mim_accuracy": right / positions, "commonest_token": counts.max().item() / positions}
+        result |= {"stage1_nats": log_p / images, "stage2_nats": -loss / images}
+    return result
+
+
+def recovered_image(args, prediction, mask, x, pixels, tokenizer, patch):
+    """`pixels` with the masked patches as predicted: prediction (B, N, n_out) -> (B, 3, H, W)."""
+    h = w = math.isqrt(mask.shape[1])
+    if tokenizer:
+        z = torch.where(mask, prediction.argmax(-1), tokenizer.tokens(pixels).flatten(1))
+        guess = tokenizer.decode(z.unflatten(1, (h, w)))
+    else:
+        if args.target == "normalised-pixels":  # what it leaves out, brightness and contrast, is lent by the truth
+            truth = recovery_targets("pixels", x, pixels, tokenizer, patch)
+            prediction = prediction * truth.std(-1, correction=0, keepdim=True) + truth.mean(-1, keepdim=True)
+        patches = prediction.transpose(1, 2).unflatten(2, (h, w))  # (B, 3P², h, w)
+        guess = data.denormalise(F.pixel_shuffle(patches, patch), args.normalise)
+    return torch.where(pixel_mask(mask, pixels), guess, pixels)
+
+
+def pixel_mask(mask, pixels):
+    """A mask of patches, bool (B, N), as one of pixels: (B, 1, H, W)."""
+    h = w = math.isqrt(mask.shape[1])
+    return F.interpolate(mask.view(-1, 1, h, w).float(), size=pixels.shape[-2:], mode="nearest").bool()
 
 
 @torch.no_grad()
 def draw_pictures(out, model, tokenizer, held_out, args, device):
-    """predictions.png: original, masked input, decoded predictions in the masked places; loss.png."""
+    """predictions.png: original, masked input, predictions in the masked places; loss.png."""
     batch = held_out.__getitems__([(-1, i) for i in range(min(12, len(held_out)))])
     x, pixels, mask = two_views(batch, device, args.normalise)
     model.eval()
-    z = tokenizer.tokens(pixels)
-    guess = z.flatten(1).clone()
-    guess[mask] = model(x, mask).argmax(-1)
-    decoded = tokenizer.decode(guess.view_as(z))
-    grid = mask.view(len(z), 1, *z.shape[1:]).float()
-    where = F.interpolate(grid, size=pixels.shape[-2:], mode="nearest").bool()
-    masked = torch.where(where, torch.tensor(0.5, device=device), pixels)
-    training.picture(out / "predictions.png", [pixels, masked, torch.where(where, decoded, pixels)])
+    prediction = model(x, mask, torch.ones_like(mask)).unflatten(0, mask.shape)  # (B, N, n_out)
+    masked = torch.where(pixel_mask(mask, pixels), torch.tensor(0.5, device=device), pixels)
+    where = mask if args.masking != "none" else torch.ones_like(mask)
+    recovered = recovered_image(args, prediction, where, x, pixels, tokenizer, model.config.patch_size)
+    training.picture(out / "predictions.png", [pixels, masked, recovered])
     training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
 
 
 def build(args, tokenizer):
-    """The model of the recipe. Raises ValueError unless there is one token for each patch."""
+    """The model of the recipe. Raises ValueError on unknown targets, and unless there is one token for each patch."""
+    for name, known in (("target", TARGETS), ("recover", RECOVER)):
+        if getattr(args, name) not in known:
+            raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
     config = model_config(
         args.model, image_size=args.image_size, positions=args.positions, drop_path=args.drop_path
     )
+    if not tokenizer:
+        return BeitForMaskedImageModeling(config, 3 * config.patch_size**2)
     tokens, rest = divmod(args.token_size, tokenizer.config.downsampling)
     if rest or tokens != config.grid:
         raise ValueError(
@@ -176,7 +237,7 @@ def build(args, tokenizer):
 
 def datasets(args, grid):
     """(training set, held-out set) of two views and a mask: bicubic for the patches, Lanczos for the tokenizer."""
-    views = [(args.image_size, "bicubic"), (args.token_size, "lanczos")]
+    views = [(args.image_size, "bicubic"), (args.token_size, "lanczos")][: 2 if args.target == "tokens" else 1]
     train_source = data.open_source(args.data, "train", args.data_dir)
     held_out_source = data.open_source(args.data, args.eval_split, args.data_dir)
     return MaskedViews(args, train_source, views, grid, True), MaskedViews(args, held_out_source, views, grid, False)
@@ -184,12 +245,14 @@ def datasets(args, grid):
 
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--tokenizer", required=True, help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER")
+    parser.add_argument("--tokenizer", help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER; not with pixels")
     args = training.parse_recipe(parser, RECIPES, argv)
+    if args.target in TARGETS and (args.tokenizer is None) == (args.target == "tokens"):
+        parser.error(f"--target {args.target} {'needs' if args.tokenizer is None else 'has no use for'} --tokenizer")
     device, rank, world = training.setup(args.device)
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     autocast, scaler = training.precision(args.amp, device)
-    tokenizer = load_tokenizer(args.tokenizer).to(device)
+    tokenizer = load_tokenizer(args.tokenizer).to(device) if args.tokenizer else None
     torch.manual_seed(args.seed)
     model = build(args, tokenizer).to(device)
     train_set, held_out = datasets(args, model.config.grid)
@@ -212,17 +275,18 @@ def main(argv=None):
         training.set_lr(optimizer, lr)
         torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
         x, pixels, mask = two_views(batch, device, args.normalise)
+        where = recovered_positions(args.recover, mask)
         # Eq. 1 as a mean over all masked tokens of the global batch: masks differ in size, so the sum is divided
         # by the count over all processes and passes; times `world` because DDP averages over processes.
-        count = training.all_sum(mask.sum()).clamp_min(1) / world
+        count = training.all_sum(where.sum()).clamp_min(1) / world
         total = 0.0
-        parts = [t.chunk(args.accumulate) for t in (x, pixels, mask)]
-        for i, (x_i, pixels_i, mask_i) in enumerate(zip(*parts), start=1):
+        parts = [t.chunk(args.accumulate) for t in (x, pixels, mask, where)]
+        for i, (x_i, pixels_i, mask_i, where_i) in enumerate(zip(*parts), start=1):
             with training.sync_only_if(train_model, i == args.accumulate):
                 with autocast():
-                    z_i = tokenizer.tokens(pixels_i).flatten(1)  # (B, N), of the uncorrupted image
-                    logits = train_model(x_i, mask_i)  # (|M|, |V|)
-                loss = F.cross_entropy(logits.float(), z_i[mask_i], reduction="sum") / count
+                    z_i = recovery_targets(args.target, x_i, pixels_i, tokenizer, model.config.patch_size)  # (B, N)
+                    prediction = train_model(x_i, mask_i, where_i)  # (|M|, |V|)
+                loss = recovery_loss(prediction.float(), z_i[where_i]) / count
                 scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -412,6 +413,76 @@ def test_bound_terms_are_those_of_eq_3(tmp_path):
     assert result["stage2_nats"] == pytest.approx(stage2 / 5, rel=1e-5)
     assert result["mim_loss"] == pytest.approx(-stage2 / count, rel=1e-5)
     assert result["mim_accuracy"] == pytest.approx(right / count)
+
+
+def test_pixel_targets_are_the_patches_own_pixels():
+    x = torch.randn(2, 3, 8, 8)
+    pixels = pretrain.recovery_targets("pixels", x, None, None, 2)
+    assert pixels.shape == (2, 16, 12)
+    assert torch.equal(pixels[1, 6].sort().values, x[1, :, 2:4, 4:6].flatten().sort().values)  # row 1, column 2
+    standard = pretrain.recovery_targets("normalised-pixels", 5 + 3 * x, None, None, 2)
+    assert torch.allclose(standard.mean(-1), torch.zeros(2, 16), atol=1e-5)
+    assert torch.allclose(standard.var(-1, correction=0), torch.ones(2, 16), atol=1e-3)
+    assert pretrain.recovery_loss(pixels[0], pixels[0] + 2).item() == pytest.approx(4 * 16)  # summed over positions
+
+
+def test_recover_all_counts_every_position():
+    model, x, z = tiny_mim(), torch.randn(2, 3, 8, 8), torch.randint(11, (2, 16))
+    mask = torch.rand(2, 16) < 0.4
+    where = pretrain.recovered_positions("all", mask)
+    prediction = model(x, mask, where)
+    assert prediction.shape == (32, 11) and torch.equal(pretrain.recovered_positions("masked", mask), mask)
+    assert torch.allclose(prediction[mask.flatten()], model(x, mask), atol=1e-6)
+    expected = F.cross_entropy(prediction, z.flatten(), reduction="sum")
+    assert pretrain.recovery_loss(prediction, z[where]).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--target", "pixels"),
+        ("--target", "normalised-pixels", "--masking", "random"),
+        ("--recover", "all"),
+        ("--recover", "all", "--masking", "none"),
+    ],
+    ids=" ".join,
+)
+def test_ablations_of_table_4_run(flags, arrays, made, tmp_path):
+    common = script_flags("beit", arrays, made)
+    if "--target" in flags:
+        where = common.index("--tokenizer")
+        del common[where : where + 2]
+    pretrain.main([*common, *flags, "--out", str(tmp_path / "run")])
+    final = training.read_metrics(tmp_path / "run")[-1]
+    assert math.isfinite(final["mim_loss"]) and ("mim_accuracy" in final) == ("--target" not in flags)
+    assert (tmp_path / "run" / "predictions.png").stat().st_size > 100
+
+
+def test_average_precision_of_a_hand_made_ranking():
+    scores = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.1, 0.2, 0.3, 0.4]])
+    relevant = torch.tensor([[True, True, False, False], [False, False, False, True]])
+    found = visualize_attention.average_precision(scores, relevant)
+    assert found.tolist() == pytest.approx([(1 + 2 / 4) / 2, 1.0])
+
+
+def test_attention_that_knows_the_objects_scores_100():
+    """separation() with a model whose attention is the truth, and one that looks everywhere else."""
+    masks = np.zeros((2, 8, 8), np.uint8)
+    masks[:, :4, :4], masks[:, 4:, 4:] = 1, 2
+    source = data.Arrays("two objects", np.zeros((2, 8, 8, 3), np.uint8), masks=masks)
+    classes = visualize_attention.patch_classes(torch.from_numpy(masks[0]), 2)
+    same = F.pad((classes[:, None] == classes).float(), (1, 0, 1, 0))  # (N+1, N+1), e_[S] first
+
+    def looking(attention):
+        model = types.SimpleNamespace(config=tiny_config())
+        model.last_attention = lambda x: attention.expand(1, 2, -1, -1)
+        return model
+
+    models = {"knows": looking(same), "opposite": looking(-same)}
+    found = visualize_attention.separation(models, "half", source, 2)
+    assert found["knows"] == pytest.approx(100)
+    assert found["chance"] == pytest.approx(100 * 3 / 15)
+    assert found["opposite"] < found["chance"]
 
 
 def pretrain_arguments():
@@ -906,25 +977,82 @@ def test_evaluate_only_and_figure_2(arrays, made, tmp_path, capsys):
         final = training.read_metrics(made / stage)[-1]
         name = "top1" if stage == "cls" else "miou"
         assert f"{name} {final[name]:.5g}" in capsys.readouterr().out
-    picture = tmp_path / "attention.png"
+    picture, checkpoint = tmp_path / "attention.png", str(made / "beit" / "checkpoint.pt")
     visualize_attention.main(
-        [str(made / "beit" / "checkpoint.pt"), "3", "--data", arrays, "--points", "0,0", "3,2", "--out", str(picture)]
+        [checkpoint, "3", "4", "--data", arrays, "--points", "0,0", "3,2", "--out", str(picture)]
     )
     assert picture.stat().st_size > 100
+    visualize_attention.main([checkpoint, "--data", arrays, "--measure", "3"])
+    scores = dict(re.findall(r"(.+?) +average precision ([\d.]+)", capsys.readouterr().out))
+    assert list(scores) == ["pre-trained", "random weights", "nearness", "pixels", "chance"]
+    assert all(0 < float(score) <= 100 for score in scores.values())
 
 
 def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path, monkeypatch, capsys):
-    """A stage that is finished is kept, one that was interrupted is resumed."""
-    runner = reproduce.Runner(tmp_path, script_flags("tokenizer", arrays, tmp_path), jobs=1)
-    record = runner.stage("tokenizer", "train_tokenizer.py")
+    """A stage that is finished is kept, one that was interrupted is resumed, one with other settings is another."""
+    runner = reproduce.Runner(tmp_path, "demo")
+    call = ("tokenizer", "train_tokenizer.py", *script_flags("tokenizer", arrays, tmp_path))
+    record = runner.stage(*call)
     assert RESULTS["tokenizer"] <= record.keys()
-    assert runner.stage("tokenizer", "train_tokenizer.py") == record
-    assert (tmp_path / "commands.txt").read_text().count("train_tokenizer.py") == 1
-    metrics = tmp_path / "tokenizer" / "metrics.jsonl"
+    assert runner.stage(*call) == record
+    commands = tmp_path / "commands.txt"
+    assert commands.read_text().count("train_tokenizer.py") == 1
+    folder = Path(record["checkpoint"]).parent
+    folder.with_suffix(".json").unlink()
+    metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines()[:-1]))  # as if killed
-    assert runner.stage("tokenizer", "train_tokenizer.py") == record
-    with pytest.raises(ValueError, match="stage bad ended with status 2"):
-        runner.stage("bad", "train_tokenizer.py", "--quantizer", "none")
+    assert runner.stage(*call) == record
+    assert "--resume" in commands.read_text().splitlines()[1]
+    with pytest.raises(ValueError, match=r"stage tokenizer-\w{8} ended with status 2: .* is neither"):
+        runner.stage(*call, "--quantizer", "none")
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Stages of reproduce.py report at once: the same numbers for the same stage, nothing is run."""
+
+    def run(self, name, script, flags, threads):
+        rng = random.Random(name)
+        numbers = {key: rng.random() for names in RESULTS.values() for key in names}
+        numbers |= {"commonest_token": 0.1, "stage1_nats": 1.0, "stage2_nats": -1.0}
+        done = {"seconds": 1.0, "threads": threads, "resumed": False, "result": numbers}
+        (self.out / f"{name}.json").write_text(json.dumps(done))
+        self.missing[script] -= 1
+
+    monkeypatch.setattr(reproduce.Runner, "run", run)
+    monkeypatch.setattr(reproduce, "raw_pixels", lambda runner, labels: {"values": [[1.0, 2.0]]})
+
+
+def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
+    """Every table has every row, the plan counts the stages, and a second pass runs none."""
+    runner = reproduce.Runner(tmp_path, "demo", seeds=3, jobs=2)
+    names = ["summary", "table 1", "table 3", "table 4"]
+    runner.plan([reproduce.EXPERIMENTS[name] for name in names])
+    assert runner.total > 100
+    tables = {name: reproduce.EXPERIMENTS[name](runner) for name in names}
+    assert runner.missing.total() == 0 and len(list(tmp_path.glob("*.json"))) == runner.total
+    reproduce.save_results(runner, tables)
+    again = reproduce.Runner(tmp_path, "demo", seeds=3, jobs=2)
+    again.plan([reproduce.EXPERIMENTS[name] for name in names])
+    assert again.total == 0
+    assert [row[0] for row in tables["table 4"]["rows"]] == list(reproduce.ABLATIONS)
+    assert len(tables["table 4"]["rows"][0][1]["values"]) == 2  # pre-training seeds
+    claims = reproduce.verdicts(tables)["rows"]
+    assert len(claims) == len([claim for claim in reproduce.CLAIMS if claim[1] != "figure 2"])
+
+
+def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
+    monkeypatch.setattr(reproduce, "CLAIMS", [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")])
+    rows = [["a", {"values": [[10.0, 12.0]]}], ["b", {"values": [[7.0, 5.0]]}], ["c", {"values": [[8.0], [8.6]]}]]
+    found = {claim: verdict for claim, verdict, _ in reproduce.verdicts({"t": {"rows": rows}})["rows"]}
+    assert found == {"far": "holds", "near": "undecided", "less": "does not hold"}  # 5 and 2.3 against 2 * 1.41
+
+
+def test_readme_tables_are_those_of_the_results():
+    text = (HERE / "README.md").read_text()
+    assert reproduce.fill_readme(text) == text
+    for name in re.findall(r"<!-- (results/\w+\.json)", text):
+        assert json.loads((HERE / name).read_text())["machine"]
 
 
 # ---------------------------------------------------------------- bad input: one line, status 2, nothing lost

@@ -1,11 +1,17 @@
 """Figure 2: where a reference patch looks. Attention of the last layer, from each reference patch to all patches.
 
     python visualize_attention.py runs/beit/checkpoint.pt photo.jpg --out attention.png --points 4,4 9,7
-    python visualize_attention.py runs/beit/checkpoint.pt 3 --data shapes --out attention.png    # 4th image of val
+    python visualize_attention.py runs/beit/checkpoint.pt 3 7 --data shapes --out attention.png  # 4th and 8th of val
+    python visualize_attention.py runs/beit/checkpoint.pt --data shapes --measure 500            # the claim as a number
 
-The picture is a row: the image with the reference patches framed, then for each of them the mean over heads of
-softmax(q k^T / sqrt(D/heads)) (with the relative bias, where the model has one), the reference patch framed,
-brightest = most attended. Points are row,column in patches, from 0 at the top left.
+The picture has two rows for each image, the second with random weights in the same network: the image with the
+reference patches framed, then for each of them the mean over heads of softmax(q k^T / sqrt(D/heads)) (with the
+relative bias, where the model has one), the reference patch framed, brightest = most attended. Points are
+row,column in patches, from 0 at the top left.
+
+The paper's claim is that attention separates objects. --measure asks, on images with masks, how well the attention
+from a patch ranks the patches of its own object before all others (average precision), beside the same for
+random weights and for two rankings that need no network: nearness, and likeness of the pixels.
 """
 
 from pathlib import Path
@@ -67,32 +73,94 @@ def attention_row(model, x, pixels, points):
     return torch.stack([marked, *pictures])
 
 
-def load_model(checkpoint):
-    """The backbone in any of our checkpoints or in published weights, and its pixel statistics."""
+def average_precision(scores, relevant):
+    """Of ranking by scores, highest first, what is relevant: both (..., n) -> (...), NaN where nothing is.
+
+    The mean, over the relevant ones, of the share of relevant ones among those ranked no lower.
+    """
+    hits = relevant.gather(-1, scores.argsort(-1, descending=True)).float()
+    precision = hits.cumsum(-1) / torch.arange(1, hits.shape[-1] + 1)
+    return (precision * hits).sum(-1) / hits.sum(-1)
+
+
+def patch_classes(mask, patch):
+    """The class that most pixels of each patch have: (H, W) -> (N,)."""
+    rows = mask.unfold(0, patch, patch).unfold(1, patch, patch).flatten(2).flatten(0, 1)  # (N, P²)
+    return rows.mode(-1).values
+
+
+@torch.no_grad()
+def separation(models, statistics, source, count):
+    """How well each model's attention separates objects, on the first `count` images of a source with masks.
+
+    models: {name: Beit}. For every patch on an object: average precision, in percent, of ranking all other patches
+    by the attention that it pays them, the patches of its own class being the relevant ones; the mean over patches.
+    Larger images are cropped at a place drawn by their number. Returns {name: percent}, with nearness, pixels and
+    chance (the share of relevant patches).
+    """
+    config = next(iter(models.values())).config
+    size, grid, patch = config.image_size, config.grid, config.patch_size
+    cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
+    found = {name: [] for name in (*models, "nearness", "pixels", "chance")}
+    others = ~torch.eye(grid**2, dtype=torch.bool)
+    for i in range(min(count, len(source))):
+        image, mask = torch.from_numpy(source.read([i])), torch.from_numpy(source.read_masks([i]))  # (1, H, W, 3)
+        rng = data.sample_rng(0, i)
+        top, left = (rng.randint(0, side - size) for side in mask.shape[1:])
+        image, mask = (part[:, top : top + size, left : left + size] for part in (image, mask))
+        pixels = image.permute(0, 3, 1, 2).float() / 255
+        classes = patch_classes(mask[0], patch)
+        same = classes[:, None] == classes  # (N, N)
+        queries = (classes != 0) & (classes != data.IGNORE) & ((same & others).sum(1) > 0)
+        patches = F.pixel_unshuffle(pixels, patch)[0].flatten(1).T  # (N, 3P²)
+        x = data.normalise(pixels, statistics)
+        scores = {name: model.last_attention(x)[0].mean(0)[1:, 1:] for name, model in models.items()}
+        scores |= {"nearness": -torch.cdist(cells, cells), "pixels": -torch.cdist(patches, patches)}
+        relevant = same[others].view(grid**2, -1)[queries]  # (queries, N - 1)
+        for name, score in scores.items():
+            found[name].append(average_precision(score[others].view(grid**2, -1)[queries], relevant))
+        found["chance"].append(relevant.float().mean(1))
+    return {name: 100 * torch.cat(values).mean().item() for name, values in found.items()}
+
+
+def load_models(checkpoint, seed=0):
+    """({"pre-trained": the backbone of a checkpoint, "random weights": the same network without}, pixel statistics)."""
     state = load_pretrained(checkpoint, "pretraining", "classification", "segmentation")
-    model = Beit(BeitConfig(**state["config"]))
-    load_backbone(model, state["model"])
-    return model.eval(), state["normalise"]
+    torch.manual_seed(seed)
+    trained, fresh = (Beit(BeitConfig(**state["config"])).eval() for _ in range(2))
+    load_backbone(trained, state["model"])
+    return {"pre-trained": trained, "random weights": fresh}, state["normalise"]
 
 
 def main(argv=None):
     parser = training.Parser(__doc__)
     parser.add_argument("checkpoint", help="checkpoint.pt of ours, or published BEiT weights")
-    parser.add_argument("image", help="an image file, or the number of an image in --data")
+    parser.add_argument("images", nargs="*", help="image files, or the numbers of images in --data")
     parser.add_argument("--points", nargs="+", help="reference patches as row,column; default: five across the image")
-    parser.add_argument("--out", required=True, help="PNG file to write")
+    parser.add_argument("--out", help="PNG file to write")
+    parser.add_argument("--measure", type=int, default=0, metavar="N", help="score N images of --data instead")
     parser.add_argument("--data", default="shapes", help="data set that a number counts in, see data.py")
     parser.add_argument("--data-dir", help="where the data set's own files are")
     parser.add_argument("--split", default="val", choices=data.SPLITS, help="part of --data")
     args = parser.parse_args(argv)
-    model, statistics = load_model(args.checkpoint)
-    grid = model.config.grid
-    near, far = grid // 4, grid - 1 - grid // 4
-    default = [(near, near), (near, far), (grid // 2, grid // 2), (far, near), (far, far)]
-    points = [parse_point(text, grid) for text in args.points] if args.points else default
-    pixels = load_image(args.image, args.data, args.split, args.data_dir, model.config.image_size)
-    row = attention_row(model, data.normalise(pixels, statistics), pixels, points)
-    training.picture(args.out, [row], side=192)
+    if not args.measure and not (args.images and args.out):
+        parser.error("give images and --out for a picture, or --measure N for a number")
+    models, statistics = load_models(args.checkpoint)
+    config = models["pre-trained"].config
+    if args.measure:
+        source = data.open_source(args.data, args.split, args.data_dir)
+        for name, percent in separation(models, statistics, source, args.measure).items():
+            print(f"{name:16s} average precision {percent:.1f}")
+        return
+    near, far = config.grid // 4, config.grid - 1 - config.grid // 4
+    default = [(near, near), (near, far), (config.grid // 2, config.grid // 2), (far, near), (far, far)]
+    points = [parse_point(text, config.grid) for text in args.points] if args.points else default
+    rows = []
+    for image in args.images:
+        pixels = load_image(image, args.data, args.split, args.data_dir, config.image_size)
+        x = data.normalise(pixels, statistics)
+        rows += [attention_row(model, x, pixels, points) for model in models.values()]
+    training.picture(args.out, rows)
 
 
 if __name__ == "__main__":
