@@ -178,12 +178,14 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def drop_path(branch, probability, training):
-    """Stochastic depth: drop a sample's whole residual branch, scale up the ones that stay."""
-    if probability == 0 or not training:
+def drop_path(branch, probability, u):
+    """Stochastic depth: drop the whole residual branch of samples with u < probability, scale up those that stay.
+
+    branch (B, N+1, D); u: uniform numbers (B,), or None to drop nothing.
+    """
+    if probability == 0 or u is None:
         return branch
-    keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - probability)
-    return branch * keep / (1 - probability)
+    return branch * (u >= probability)[:, None, None] / (1 - probability)
 
 
 class Block(nn.Module):
@@ -201,14 +203,15 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def residual(self, x, branch, gamma):
+    def residual(self, x, branch, gamma, u):
         """x plus the branch, scaled by LayerScale and dropped by stochastic depth."""
         branch = branch if gamma is None else gamma * branch
-        return x + drop_path(branch, self.drop_path_rate, self.training)
+        return x + drop_path(branch, self.drop_path_rate, u)
 
-    def forward(self, x, bias):
-        x = self.residual(x, self.attn(self.norm1(x), bias), self.gamma_1)
-        return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2)
+    def forward(self, x, bias, u=(None, None)):
+        """x (B, N+1, D), bias as in Attention, u: uniform numbers (B,) for each of the two branches -> (B, N+1, D)."""
+        x = self.residual(x, self.attn(self.norm1(x), bias), self.gamma_1, u[0])
+        return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2, u[1])
 
 
 # ---------------------------------------------------------------- the backbone
@@ -287,11 +290,14 @@ class Beit(nn.Module):
                 bias = relative_bias(block.attn.relative_position_bias_table, self.relative_position_index)
             yield None if self.config.positions == "absolute" else bias
 
-    def forward(self, x, mask=None):
-        """H^L, before the head's norm: (B, 3, H, W), mask (B, N) bool or None -> (B, N+1, D)."""
+    def forward(self, x, mask=None, u=None):
+        """H^L, before the head's norm: (B, 3, H, W), mask (B, N) bool or None -> (B, N+1, D).
+
+        u: uniform numbers (B, L, 2) that decide which branches stochastic depth drops; None: nothing is dropped.
+        """
         H = self.embed(x, mask)
-        for block, bias in zip(self.blocks, self.biases()):
-            H = block(H, bias)
+        for l, (block, bias) in enumerate(zip(self.blocks, self.biases())):
+            H = block(H, bias) if u is None else block(H, bias, u[:, l].unbind(1))
         return H
 
     @torch.no_grad()

@@ -605,14 +605,14 @@ def steps_per_epoch(size, batch_size):
 class StepBatches(Sampler):
     """This process's keys (epoch, index) for each step in range(first, last): the order is a function of the step.
 
-    DistributedSampler shuffles an epoch by (seed, epoch) and deals it to the processes in turn, so the global
-    batch of a step holds the same samples for any number of processes. A last part batch is dropped.
+    An epoch is shuffled by (seed, epoch) and cut into global batches, of which each process takes its part in one
+    piece: for any number of processes a step has the same samples in the same places. A last part batch is dropped.
     """
 
     def __init__(self, size, batch, rank, world, seed, first, last):
         self.steps_per_epoch = steps_per_epoch(size, batch * world)
-        self.batch, self.first, self.last = batch, first, last
-        self.sampler = DistributedSampler(range(size), world, rank, seed=seed, drop_last=True)
+        self.batch, self.start, self.stride, self.first, self.last = batch, batch * rank, batch * world, first, last
+        self.sampler = DistributedSampler(range(size), num_replicas=1, rank=0, seed=seed)
 
     def __len__(self):
         return self.last - self.first
@@ -624,7 +624,8 @@ class StepBatches(Sampler):
             self.sampler.set_epoch(epoch)
             order = list(self.sampler)
             for b in range(within, min(self.steps_per_epoch, within + self.last - step)):
-                yield [(epoch, index) for index in order[b * self.batch : (b + 1) * self.batch]]
+                start = b * self.stride + self.start
+                yield [(epoch, index) for index in order[start : start + self.batch]]
                 step += 1
 
 

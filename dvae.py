@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 import training
 
@@ -153,14 +155,13 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------- Gumbel-softmax
 
 
-def gumbel_softmax(logits, tau):
+def gumbel_softmax(logits, tau, e):
     """A relaxed sample of z ~ softmax(logits) over the last dimension: softmax((logits + g) / tau).
 
-    g = -log(e), e ~ Exp(1), is Gumbel noise: argmax(logits + g) is an exact sample, and the softmax tends to its
-    one-hot vector as tau falls to 0.
+    g = -log(e), with e ~ Exp(1) of the logits' shape, is Gumbel noise: argmax(logits + g) is an exact sample, and the
+    softmax tends to its one-hot vector as tau falls to 0.
     """
-    exponential = torch.empty_like(logits).exponential_()
-    return torch.softmax((logits - exponential.clamp_min(1e-30).log()) / tau, dim=-1)
+    return torch.softmax((logits - e.clamp_min(1e-30).log()) / tau, dim=-1)
 
 
 def kl_to_uniform(logits):
@@ -170,6 +171,33 @@ def kl_to_uniform(logits):
 
 
 # ---------------------------------------------------------------- the tokenizer
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation without scale and shift whose statistics are of the batches of all processes together.
+
+    torch's SyncBatchNorm does this on GPUs only.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, affine=False)
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+
+        def mean_over_all(values):
+            return all_reduce(values.mean((0, 2, 3))) / dist.get_world_size()  # passes gradients to every process
+
+        mean = mean_over_all(x)
+        centred = x - mean[:, None, None]
+        variance = mean_over_all(centred.square())
+        with torch.no_grad():
+            n = x.numel() / x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return centred * (variance + self.eps).rsqrt()[:, None, None]
 
 
 class DVAE(nn.Module):
@@ -189,7 +217,7 @@ class DVAE(nn.Module):
             # Not in the paper. At small scale a few codes soon win everywhere, because the logits' offset per
             # code outweighs what differs between places. Standardising each code's logit over the batch
             # removes that offset; the learned scale then decides how sharp q is.
-            self.logit_norm = nn.BatchNorm2d(config.vocab_size, affine=False)
+            self.logit_norm = GlobalBatchNorm(config.vocab_size)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))
         # Variance of the Gaussian that mean squared error stands for: running mean of the training error.
         self.register_buffer("pixel_variance", torch.tensor(1.0))
@@ -246,58 +274,71 @@ class DVAE(nn.Module):
         """Predicted pixels before clipping: the inverse of map_pixels on sigmoid(mu)."""
         return (torch.sigmoid(mu) - EPSILON) / (1 - 2 * EPSILON)
 
-    def loss(self, x, tau, beta):
-        """Stage 1's objective on images (B, 3, H, W) in [0, 1]: (loss, its terms).
+    def loss(self, x, tau, beta, e=None):
+        """Stage 1's objective on images (B, 3, H, W) in [0, 1]: (loss, its terms, what `track` wants to know).
 
         The bound of the VAE with the KL weighted by beta, in sums over one image that are both divided by
         the number of its pixel values 3HW: averaging one of them over something else makes the codebook
         collapse or blur. Terms: `reconstruction` (nats or squared error per pixel value) and, for Gumbel-softmax,
         `kl` (nats per token). VQ has no KL: its `codebook` term is a mean squared distance of its own.
+        e: Exp(1) noise for the Gumbel-softmax, (B, h, w, |V|).
         """
         values = x[0].numel()  # 3HW
         y = self.encode(x)
         if self.config.quantizer == "vq":
-            codes, z_q = self.straight_through(y)
+            codes, z_q, z = self.straight_through(y)
             # Codes move to the encoder's outputs, and with a quarter of that pull outputs commit to codes.
             gap = (z_q - y.detach()).pow(2).mean() + 0.25 * (z_q.detach() - y).pow(2).mean()
             extra, terms = gap, {"codebook": gap.detach()}
         else:
-            codes = gumbel_softmax(y, tau)
+            codes = gumbel_softmax(y, tau, e)
             kl = kl_to_uniform(y)  # of q itself, not of the noisy sample: (B, h, w)
             extra, terms = beta * kl.sum((1, 2)).mean() / values, {"kl": kl.detach().mean()}
         mu, ln_b = self.decode_codes(codes)
         squared_error = (x - self.mean(mu)).pow(2).mean()
-        if self.training:
-            self.pixel_variance.lerp_(squared_error.detach(), 0.02)
         if self.config.likelihood == "mse":
             reconstruction = squared_error
         else:
             reconstruction = self.negative_log_likelihood(x, mu, ln_b).mean() / values
-        return reconstruction + extra, {"reconstruction": reconstruction.detach(), **terms}
+        seen = [squared_error.detach()]
+        if self.config.quantizer == "vq":
+            seen.append(torch.bincount(z.flatten(), minlength=self.config.vocab_size).float())
+        return reconstruction + extra, {"reconstruction": reconstruction.detach(), **terms}, seen
 
-    def forward(self, x, tau, beta):
+    def forward(self, x, tau, beta, e=None):
         """The loss, under the name that DistributedDataParallel and torch.compile call."""
-        return self.loss(x, tau, beta)
+        return self.loss(x, tau, beta, e)
+
+    def track(self, squared_error, counts=None):
+        """Running statistics, once a step, of the global batch: its mean squared error and, VQ, each code's count."""
+        self.pixel_variance.lerp_(squared_error, 0.02)
+        if counts is not None:
+            self.usage.mul_(0.99).add_(counts)
 
     # VQ-VAE only
 
     def straight_through(self, z_e):
-        """(codes for the decoder: value of z_q, gradient to z_e; z_q), both (B, h, w, code_dim)."""
+        """(codes for the decoder: value of z_q, gradient to z_e; z_q), both (B, h, w, code_dim), and z (B, h, w)."""
         z = self.code_distance(z_e.detach()).argmin(-1)
-        if self.training:
-            self.usage.mul_(0.99).scatter_add_(0, z.flatten(), torch.ones_like(z.flatten(), dtype=torch.float32))
         z_q = self.codebook[z]
-        return z_e + (z_q - z_e).detach(), z_q
+        return z_e + (z_q - z_e).detach(), z_q, z
 
     @torch.no_grad()
-    def revive_codes(self, x):
-        """Put codes that nothing uses on random encoder outputs of this batch: VQ's cure for index collapse.
+    def revive_codes(self, parts, rank, world, seed):
+        """Put codes that nothing uses on random encoder outputs of the global batch: VQ's cure for index collapse.
 
-        At the first call no code has been used, so it is also the data-driven initialisation.
+        parts: this process's images in pieces that fit its memory. At the first call no code has been used, so it is
+        also the data-driven initialisation.
         """
-        z_e = self.encode(x).flatten(0, 2)
-        dead = (self.usage < 0.1).nonzero()[:, 0]
-        self.codebook[dead] = z_e[torch.randint(len(z_e), (len(dead),), device=z_e.device)]
+        z_e = torch.cat([self.encode(part) for part in parts]).flatten(0, 2)  # (places of this process, code_dim)
+        generator = torch.Generator().manual_seed(seed)
+        place = torch.randint(len(z_e) * world, self.usage.shape, generator=generator).to(z_e.device)
+        mine = place // len(z_e) == rank
+        fresh = torch.zeros_like(self.codebook)
+        fresh[mine] = z_e[place[mine] % len(z_e)]
+        training.all_sum(fresh)  # each code's row comes from the one process that has its place
+        dead = self.usage < 0.1
+        self.codebook[dead] = fresh[dead]
         self.usage[dead] = 1.0
 
 

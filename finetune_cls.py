@@ -67,9 +67,9 @@ class BeitForClassification(Beit):
         nn.init.zeros_(self.head.bias)
         self.head.weight.data.mul_(0.001)
 
-    def forward(self, x):
-        """Logits, before the softmax of section 2.6: (B, 3, H, W) -> (B, C)."""
-        h = super().forward(x)[:, 1:].mean(dim=1)  # avg of h_i^L: (B, D)
+    def forward(self, x, u=None):
+        """Logits, before the softmax of section 2.6: (B, 3, H, W) -> (B, C). u: stochastic depth's, see Beit.forward."""
+        h = super().forward(x, u=u)[:, 1:].mean(dim=1)  # avg of h_i^L: (B, D)
         return self.head(self.fc_norm(h))
 
 
@@ -193,13 +193,15 @@ class LabelledViews(data.Crops):
 
 
 def mix(x, targets, mixup, cutmix, rng):
-    """mixup or cutmix of a batch with itself in reverse order: x (B, 3, H, W), targets (B, C) -> the same shapes.
+    """mixup or cutmix of each image with its neighbour in the batch: x (B, 3, H, W), targets (B, C) -> the same shapes.
 
-    lambda ~ Beta(alpha, alpha) is the share of the first image: in every pixel (mixup), or as the area outside
-    a pasted box (cutmix; recomputed after the box is cut off at the border).
+    lambda ~ Beta(alpha, alpha), one for the step, is the share of the image itself: in every pixel (mixup), or as the
+    area outside a pasted box (cutmix; recomputed after the box is cut off at the border). Neighbours (0 and 1, 2 and
+    3, ...) stay together when a batch is dealt to processes.
     """
     if not mixup and not cutmix:
         return x, targets
+    neighbour = (torch.arange(len(x), device=x.device) ^ 1).clamp_max(len(x) - 1)  # an odd last one keeps to itself
     if cutmix and (not mixup or rng.random() < 0.5):
         share = rng.betavariate(cutmix, cutmix)
         H, W = x.shape[-2:]
@@ -208,12 +210,12 @@ def mix(x, targets, mixup, cutmix, rng):
         top, bottom = max(round(cy - h / 2), 0), min(round(cy + h / 2), H)
         left, right = max(round(cx - w / 2), 0), min(round(cx + w / 2), W)
         share = 1 - (bottom - top) * (right - left) / (H * W)
-        flipped, x = x.flip(0), x.clone()
-        x[:, :, top:bottom, left:right] = flipped[:, :, top:bottom, left:right]
+        pasted, x = x[neighbour, :, top:bottom, left:right], x.clone()
+        x[:, :, top:bottom, left:right] = pasted
     else:
         share = rng.betavariate(mixup, mixup)
-        x = share * x + (1 - share) * x.flip(0)
-    return x, share * targets + (1 - share) * targets.flip(0)
+        x = share * x + (1 - share) * x[neighbour]
+    return x, share * targets + (1 - share) * targets[neighbour]
 
 
 # ---------------------------------------------------------------- training
@@ -311,15 +313,16 @@ def main(argv=None):
     ):
         lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
         training.set_lr(optimizer, lr)
-        torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
         x = data.normalise(data.to_float(images, device), statistics)
         targets = F.one_hot(labels.to(device), model.head.out_features).float()  # (B, C)
-        x, targets = mix(x, targets, args.mixup, args.cutmix, data.sample_rng(args.seed, step, rank, "mix"))
+        x, targets = mix(x, targets, args.mixup, args.cutmix, data.sample_rng(args.seed, step, "mix"))
+        u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
         total = 0.0
-        for i, (x_i, targets_i) in enumerate(zip(x.chunk(args.accumulate), targets.chunk(args.accumulate)), start=1):
+        parts = [t.chunk(args.accumulate) for t in (x, targets, u)]
+        for i, (x_i, targets_i, u_i) in enumerate(zip(*parts), start=1):
             with training.sync_only_if(train_model, i == args.accumulate):
                 with autocast():
-                    logits = train_model(x_i)  # (B, C)
+                    logits = train_model(x_i, u_i)  # (B, C)
                 loss = F.cross_entropy(logits.float(), targets_i, label_smoothing=args.smoothing) / args.accumulate
                 scaler.scale(loss).backward()
             total += loss.detach()

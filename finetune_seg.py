@@ -71,9 +71,9 @@ class BeitForSegmentation(Beit):
         self.decoder.append(nn.Conv2d(decoder_dim, classes, kernel_size=1))
         init_weight(self.decoder[-1].weight)
 
-    def forward(self, x):
-        """Logits of every pixel: (B, 3, H, W) -> (B, C, H, W)."""
-        h = self.norm(super().forward(x)[:, 1:])  # (B, N, D)
+    def forward(self, x, u=None):
+        """Logits of every pixel: (B, 3, H, W) -> (B, C, H, W). u: stochastic depth's, see Beit.forward."""
+        h = self.norm(super().forward(x, u=u)[:, 1:])  # (B, N, D)
         grid = h.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))  # (B, D, h, w)
         return self.decoder(grid)
 
@@ -307,16 +307,17 @@ def main(argv=None):
     ):
         lr = training.warmup_linear(step, args.steps, args.warmup_steps, args.lr)
         training.set_lr(optimizer, lr)
-        torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
         x = data.normalise(data.to_float(images, device), statistics)
         masks = masks.to(device).long()
+        u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
         # The mean over all counted pixels of the global batch; times `world` because DDP averages over processes.
         count = training.all_sum((masks != data.IGNORE).sum()).clamp_min(1) / world
         total = 0.0
-        for i, (x_i, masks_i) in enumerate(zip(x.chunk(args.accumulate), masks.chunk(args.accumulate)), start=1):
+        parts = [t.chunk(args.accumulate) for t in (x, masks, u)]
+        for i, (x_i, masks_i, u_i) in enumerate(zip(*parts), start=1):
             with training.sync_only_if(train_model, i == args.accumulate):
                 with autocast():
-                    logits = train_model(x_i).float()  # (B, C, H, W)
+                    logits = train_model(x_i, u_i).float()  # (B, C, H, W)
                 loss = F.cross_entropy(logits, masks_i, ignore_index=data.IGNORE, reduction="sum") / count
                 scaler.scale(loss).backward()
             total += loss.detach()

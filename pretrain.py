@@ -83,12 +83,12 @@ class BeitForMaskedImageModeling(Beit):
         init_weight(self.lm_head.weight, cut=STD)
         nn.init.zeros_(self.lm_head.bias)
 
-    def forward(self, x, mask, where=None):
+    def forward(self, x, mask, where=None, u=None):
         """Logits at the masked positions only, in the mask's row-major order: (B, 3, H, W), (B, N) -> (|M|, n_out).
 
-        where: bool (B, N), positions to predict in place of the masked ones.
+        where: bool (B, N), positions to predict in place of the masked ones. u: stochastic depth's, see Beit.forward.
         """
-        h = super().forward(x, mask)[:, 1:][mask if where is None else where]  # h_i^L, i in M: (|M|, D)
+        h = super().forward(x, mask, u)[:, 1:][mask if where is None else where]  # h_i^L, i in M: (|M|, D)
         return self.lm_head(self.norm(h))
 
 
@@ -273,19 +273,19 @@ def main(argv=None):
     for batch in data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device):
         lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
         training.set_lr(optimizer, lr)
-        torch.manual_seed(training.seed_for(args.seed, step, rank))  # stochastic depth, a function of the step
         x, pixels, mask = two_views(batch, device, args.normalise)
         where = recovered_positions(args.recover, mask)
+        u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
         # Eq. 1 as a mean over all masked tokens of the global batch: masks differ in size, so the sum is divided
         # by the count over all processes and passes; times `world` because DDP averages over processes.
         count = training.all_sum(where.sum()).clamp_min(1) / world
         total = 0.0
-        parts = [t.chunk(args.accumulate) for t in (x, pixels, mask, where)]
-        for i, (x_i, pixels_i, mask_i, where_i) in enumerate(zip(*parts), start=1):
+        parts = [t.chunk(args.accumulate) for t in (x, pixels, mask, where, u)]
+        for i, (x_i, pixels_i, mask_i, where_i, u_i) in enumerate(zip(*parts), start=1):
             with training.sync_only_if(train_model, i == args.accumulate):
                 with autocast():
                     z_i = recovery_targets(args.target, x_i, pixels_i, tokenizer, model.config.patch_size)  # (B, N)
-                    prediction = train_model(x_i, mask_i, where_i)  # (|M|, |V|)
+                    prediction = train_model(x_i, mask_i, where_i, u_i)  # (|M|, |V|)
                 loss = recovery_loss(prediction.float(), z_i[where_i]) / count
                 scaler.scale(loss).backward()
             total += loss.detach()

@@ -57,7 +57,6 @@ def evaluate(model, held_out, args, device, rank, world, autocast):
     and codebook_used (codes that occur at all).
     """
     model.eval()
-    training.broadcast(*model.buffers())  # running statistics drift apart between processes
     batch = max(1, args.batch_size // world // args.accumulate)
     counts = torch.zeros(model.config.vocab_size, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # squared error, pixel values
@@ -134,6 +133,8 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model = training.wrap(model, device, args.compile)
+    tokens = args.image_size // model.config.downsampling
+    noise_shape = tokens, tokens, args.vocab_size
     log = training.Log(out, rank, args.steps, step)
     batches = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
     for (images,) in batches:
@@ -141,21 +142,26 @@ def main(argv=None):
         tau = training.cosine(step, args.tau_steps, 1.0, args.tau)
         beta = training.ramp(step, args.beta_steps, args.beta)
         optimizer.param_groups[0]["lr"] = lr
-        torch.manual_seed(training.seed_for(args.seed, step, rank))  # Gumbel noise, a function of the step
         x = data.to_float(images, device)
         if args.quantizer == "vq" and step % 50 == 0:
-            model.revive_codes(x.chunk(args.accumulate)[0])
-            training.broadcast(model.codebook, model.usage)
-        total = 0.0
-        for i, part in enumerate(x.chunk(args.accumulate), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate):
+            model.revive_codes(x.chunk(args.accumulate), rank, world, training.seed_for(args.seed, step))
+        total, seen = 0.0, []
+        for i, part in enumerate(x.chunk(args.accumulate)):
+            e = None
+            if args.quantizer == "gumbel":  # pass i has the places from rank * accumulate + i parts on
+                place = rank * args.accumulate + i
+                e = training.sample_noise("exponential", noise_shape, len(part), args.seed, step, place, device)
+            with training.sync_only_if(train_model, i == args.accumulate - 1):
                 with autocast():
-                    loss, terms = train_model(part, tau, beta)
+                    loss, terms, seen_i = train_model(part, tau, beta, e)
                 scaler.scale(loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
+            seen.append(seen_i)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        squared_error, *counts = (training.all_sum(sum(values)) for values in zip(*seen))
+        model.track(squared_error / args.accumulate / world, *counts)
         if average:
             average.update_parameters(model)
         step += 1

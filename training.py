@@ -175,7 +175,8 @@ def wrap(model, device, compile_model):
     wrapped = torch.compile(model) if compile_model else model
     if dist.is_initialized():
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
+        # Buffers are statistics of the global batch, equal in all processes already.
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
     return wrapped
 
 
@@ -191,16 +192,37 @@ def all_sum(tensor):
     return tensor
 
 
-def broadcast(*tensors):
-    """Give every process the first one's values, in place."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor.data, 0)
-
-
 def seed_for(*key):
     """A 63-bit seed from any numbers: randomness that depends on (seed, step, ...), not on history."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def sample_noise(distribution, shape, count, seed, step, rank, device):
+    """Noise for this process's `count` samples of a step: float32 (count, *shape), "uniform" or "exponential".
+
+    Each sample's is a function of (seed, step, place in the global batch): however the batch is dealt to processes and
+    passes, and wherever a run was resumed, it gets the same (on one kind of device).
+    """
+    noise = torch.empty(count, *shape, device=device)
+    for place, row in enumerate(noise, start=rank * count):
+        key = seed_for(seed, step, place)
+        if device.type == "cpu":  # numpy's exponential is five times faster than torch's
+            rng = np.random.Generator(np.random.SFC64(key))
+            draw = rng.random if distribution == "uniform" else rng.standard_exponential
+            draw(dtype=np.float32, out=row.numpy())
+        else:
+            generator = torch.Generator(device).manual_seed(key)
+            draw = row.uniform_ if distribution == "uniform" else row.exponential_
+            draw(generator=generator)
+    return noise
+
+
+def depth_noise(config, count, seed, step, rank, device):
+    """Stochastic depth's uniform numbers for Beit.forward: (count, L, 2); zeros, which nobody reads, without it."""
+    shape = config.depth, 2
+    if config.drop_path == 0:
+        return torch.zeros(count, *shape, device=device)
+    return sample_noise("uniform", shape, count, seed, step, rank, torch.device("cpu")).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- schedules: pure functions of the step
