@@ -12,24 +12,29 @@ Whatever is random about a sample is a function of (seed, epoch, index) and of n
 number of loader processes and torchrun processes changes no crop. Views leave here as uint8.
 """
 
+import contextlib
 import copy
 import gzip
 import hashlib
 import math
 import os
 import random
+import signal
 import sys
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from training import Parser, one_line_errors
+import training
 
 IGNORE = 255  # mask value of pixels that neither loss nor mIoU counts
 SPLITS = ("train", "val", "test")
@@ -102,9 +107,16 @@ class Files:
         return len(self.paths)
 
     def read(self, indices):
-        """uint8 image (1, H, W, 3). Raises ValueError naming a file that cannot be decoded."""
+        """uint8 image (1, H, W, 3): palettes, CMYK and the like become RGB, 16-bit grey keeps its upper byte.
+
+        Raises ValueError naming a file that cannot be decoded.
+        """
         (index,) = indices
-        return np.array(decode(self.paths[index]).convert("RGB"))[None]
+        image = decode(self.paths[index])
+        if image.mode.startswith("I"):  # convert() would clip at 255
+            grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(grey[None, ..., None], 3, axis=3)
+        return np.array(image.convert("RGB"))[None]
 
     def read_labels(self, indices):
         """int64 label (1,)."""
@@ -162,8 +174,10 @@ def decode(path):
             f"reading {path} needs the optional package Pillow: pip install pillow, or use arrays (data.py)"
         ) from error
     try:
-        image = Image.open(path)
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file of a hundred million pixels
+            image = Image.open(path)
+            image.load()  # of an animation the first frame
         return image
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, its own bomb error, ...
         raise ValueError(f"{path} is not a readable image: {error}") from error
@@ -242,26 +256,68 @@ def ade_source(path, split):
 # ---------------------------------------------------------------- downloads
 
 
-def fetch(name, url, folders):
-    """Path of file `name`: in the first of `folders` that has it, else downloaded into the last one."""
+def fetch(name, url, folders, check):
+    """Path of file `name`: in the first of `folders` that has it, else downloaded into the last one.
+
+    check(path) raises ValueError on wrong content; it sees a download before that gets its name. A download that breaks
+    off goes on from there next time; of several processes one downloads.
+    """
     for folder in folders:
         if (folder / name).is_file():
+            check(folder / name)
             return folder / name
     target = folders[-1] / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.part")  # torchrun's processes may all download
-
-    def progress(blocks, size, total):
-        print(f"\rdownloading {name}: {min(blocks * size, total) / 1e6:.1f} of {total / 1e6:.1f} MB", end="")
-
-    try:
-        urllib.request.urlretrieve(url, partial, progress)
-        print()
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(f"cannot download {url} ({error}): fetch it yourself and point --data-dir at it") from error
-    os.replace(partial, target)
+    partial = target.with_suffix(".part")
+    with open(partial, "ab") as file, exclusive(file):
+        if not target.is_file():  # another process may have fetched it in the meantime
+            try:
+                download(url, file)
+                check(partial)
+            except OSError as error:
+                message = f"cannot download {url} ({error}): fetch it yourself and point --data-dir at it"
+                raise ValueError(message) from error
+            except ValueError:
+                partial.unlink()
+                raise
+            os.replace(partial, target)
     return target
+
+
+@contextlib.contextmanager
+def exclusive(file):
+    """Hold an open file's lock, waiting for it, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield  # closing the file gives the lock back
+
+
+def download(url, file):
+    """Append what is still missing of `url` to an open file. Raises OSError if the connection fails or breaks off."""
+    start = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # range not satisfiable: the whole file is here
+            raise
+        return
+    with response:
+        if start and response.status != 206:  # this server starts again
+            file.seek(0)
+            start = file.truncate()
+        total = start + int(response.headers.get("Content-Length") or 0)
+        while block := response.read(1 << 16):
+            file.write(block)
+            print(f"\r{url}: {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    file.flush()
+    if file.tell() < total:
+        raise OSError(f"it broke off after {file.tell()} of {total} bytes; start again to go on from there")
 
 
 def data_folders(data_dir, *system):
@@ -286,13 +342,17 @@ FASHION_SHA256 = {  # of the uncompressed files: Debian compresses them anew
 def read_idx(name, data_dir):
     """One of Fashion-MNIST's four IDX files, checked: uint8 (n, 28, 28) or (n,)."""
     folders = data_folders(data_dir, "/usr/share/datasets/fashion-mnist")
-    path = fetch(name + ".gz", FASHION_URL + name + ".gz", folders)
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}): delete it and start again") from error
-    if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
-        raise ValueError(f"{path} does not hold the published data (checksum differs): delete it and start again")
+
+    def unpack(path):
+        try:
+            content = gzip.decompress(path.read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file ({error}): delete it and start again") from error
+        if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
+            raise ValueError(f"{path} does not hold the published data (checksum differs): delete it and start again")
+        return content
+
+    content = unpack(fetch(name + ".gz", FASHION_URL + name + ".gz", folders, unpack))
     if "images" in name:
         return np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
     return np.frombuffer(content, np.uint8, offset=8)
@@ -314,9 +374,12 @@ CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".sp
 
 def cifar10(split, data_dir):
     """CIFAR-10, binary version: 45,000 to train on, 5,000 to choose on (val), 10,000 test."""
-    path = fetch("cifar-10-binary.tar.gz", CIFAR_URL, data_folders(data_dir))
-    if hashlib.md5(path.read_bytes()).hexdigest() != CIFAR_MD5:
-        raise ValueError(f"{path} does not hold the published data (checksum differs): delete it and start again")
+
+    def check(path):
+        if hashlib.md5(path.read_bytes()).hexdigest() != CIFAR_MD5:
+            raise ValueError(f"{path} does not hold the published data (checksum differs): delete it and start again")
+
+    path = fetch("cifar-10-binary.tar.gz", CIFAR_URL, data_folders(data_dir), check)
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     with tarfile.open(path) as archive:
         raw = b"".join(archive.extractfile(f"cifar-10-batches-bin/{n}.bin").read() for n in names)
@@ -634,19 +697,35 @@ def keep_batch(batch):
     return batch
 
 
+def ignore_signals(worker):
+    """A signal to the whole group ends a run by its main process alone, which still needs its loader's batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_batches(dataset, batch, rank, world, seed, first, last, workers, device):
     """A loader of this process's batches for steps first..last-1."""
     sampler = StepBatches(len(dataset), batch, rank, world, seed, first, last)
+    pin = device.type == "cuda"
     return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=keep_batch, pin_memory=device.type == "cuda"
-    )
+        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=keep_batch, pin_memory=pin,
+        worker_init_fn=ignore_signals,
+    )  # fmt: skip
 
 
 def eval_batches(dataset, batch, limit, rank, world, workers):
-    """This process's share of the first `limit` samples, in order, each once; epoch -1 in the keys."""
+    """This process's share of the first `limit` samples, in order, each once; epoch -1 in the keys.
+
+    Raises Stopped if a signal came: evaluation changes nothing, and is made again after --resume.
+    """
     keys = [(-1, index) for index in range(rank, min(len(dataset), limit), world)]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=keep_batch)
+    for loaded in DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=keep_batch, worker_init_fn=ignore_signals
+    ):
+        if training.signals:
+            raise training.Stopped("stopped by a signal during evaluation; the last step is saved: --resume goes on")
+        yield loaded
 
 
 def to_float(images, device):
@@ -707,7 +786,7 @@ def convert(source, size, split, folder):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = training.Parser(__doc__)
     parser.add_argument("source", help="a name or path, as --data takes")
     parser.add_argument("destination", help="a new .npz file, or a new folder for .npy files")
     parser.add_argument("--size", type=int, required=True, help="pixels along each side")
@@ -740,5 +819,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with training.one_line_errors():
         main()

@@ -68,7 +68,7 @@ class BeitForClassification(Beit):
         self.head.weight.data.mul_(0.001)
 
     def forward(self, x, u=None):
-        """Logits, before the softmax of section 2.6: (B, 3, H, W) -> (B, C). u: stochastic depth's, see Beit.forward."""
+        """Logits, before the softmax of section 2.6: (B, 3, H, W) -> (B, C). u: see Beit.forward."""
         h = super().forward(x, u=u)[:, 1:].mean(dim=1)  # avg of h_i^L: (B, D)
         return self.head(self.fc_norm(h))
 
@@ -295,7 +295,7 @@ def main(argv=None):
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    out = training.open_output(args.out, args.resume, rank)
+    out = training.open_output(args, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
     steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))
 
@@ -306,7 +306,7 @@ def main(argv=None):
 
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
-    train_model = training.wrap(model, device, args.compile)
+    train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
     log = training.Log(out, rank, steps, step)
     for images, labels in data.train_batches(
         train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device
@@ -327,24 +327,25 @@ def main(argv=None):
                 scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        scaler.step(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        if finite.allow(norm, step, lr):
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         step += 1
         if step % args.log_every == 0 or step == steps:
             loss = (training.all_sum(total) / world).item()
-            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
+            trouble = train_set.trouble() | finite.trouble()
+            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm, **trouble)
+        training.save_or_stop(save, step, steps, args.save_every, device)
         if step % args.save_every == 0 and step < steps:
             log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
-            save(step)
     result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
-    save(step)
     log.final(**result)
     if rank == 0:
         training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
 
 
 if __name__ == "__main__":
-    with training.one_line_errors():
+    with training.one_line_errors(stoppable=True):
         main()

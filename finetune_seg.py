@@ -39,8 +39,8 @@ RECIPES = {
     "steps": (200, 300, 160_000, 160_000, "optimisation steps"),
     "warmup_steps": (20, 30, 1500, 1500, "of linear warm-up; then linear to 0"),
     "batch_size": (16, 32, 16, 16, "images per step, all processes together"),
-    "lr": (8e-3, 4e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
-    "layer_decay": (0.5, 0.75, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
+    "lr": (8e-3, 8e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
+    "layer_decay": (0.5, 0.5, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
@@ -290,7 +290,7 @@ def main(argv=None):
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     data.steps_per_epoch(len(train_set), args.batch_size)  # refuses a batch larger than the set
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    out = training.open_output(args.out, args.resume, rank)
+    out = training.open_output(args, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
 
     def save(step):
@@ -300,7 +300,7 @@ def main(argv=None):
 
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
-    train_model = training.wrap(model, device, args.compile)
+    train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
     log = training.Log(out, rank, args.steps, step)
     for images, masks in data.train_batches(
         train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device
@@ -322,24 +322,25 @@ def main(argv=None):
                 scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        scaler.step(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        if finite.allow(norm, step, lr):
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()
-            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
+            trouble = train_set.trouble() | finite.trouble()
+            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm, **trouble)
+        training.save_or_stop(save, step, args.steps, args.save_every, device)
         if step % args.save_every == 0 and step < args.steps:
             log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
-            save(step)
     result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
-    save(step)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, model, held_out, args, statistics, device)
 
 
 if __name__ == "__main__":
-    with training.one_line_errors():
+    with training.one_line_errors(stoppable=True):
         main()

@@ -258,7 +258,7 @@ def main(argv=None):
     train_set, held_out = datasets(args, model.config.grid)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    out = training.open_output(args.out, args.resume, rank)
+    out = training.open_output(args, rank)
     step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
     steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))
 
@@ -268,7 +268,7 @@ def main(argv=None):
 
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
-    train_model = training.wrap(model, device, args.compile)
+    train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
     log = training.Log(out, rank, steps, step)
     for batch in data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device):
         lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
@@ -290,24 +290,25 @@ def main(argv=None):
                 scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        scaler.step(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        if finite.allow(norm, step, lr):
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         step += 1
         if step % args.log_every == 0 or step == steps:
             loss = (training.all_sum(total) / world).item()
-            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm.item(), **train_set.trouble())
+            trouble = train_set.trouble() | finite.trouble()
+            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm, **trouble)
+        training.save_or_stop(save, step, steps, args.save_every, device)
         if step % args.save_every == 0 and step < steps:
             log.write(step=step, **evaluate(model, tokenizer, held_out, args, device, rank, world, autocast))
-            save(step)
     result = evaluate(model, tokenizer, held_out, args, device, rank, world, autocast)
-    save(step)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, model, tokenizer, held_out, args, device)
 
 
 if __name__ == "__main__":
-    with training.one_line_errors():
+    with training.one_line_errors(stoppable=True):
         main()

@@ -57,7 +57,7 @@ RECIPES = {
     "cls_lr": ((1e-3,), (1e-3, 2e-3), "learning rates to choose from, for pre-trained weights"),
     "cls_lr_random": ((5e-4,), (2.5e-4, 5e-4, 1e-3), "and for random weights"),
     "seg_images": (800, 200, "images with masks to fine-tune the segmenter with"),
-    "seg_lr": ((8e-3,), (4e-3,), "likewise for segmentation, pre-trained"),
+    "seg_lr": ((8e-3,), (8e-3,), "likewise for segmentation, pre-trained"),
     "seg_lr_random": ((4e-3, 8e-3), (2e-3, 4e-3, 8e-3), "and random"),
     "longer": (0, 4, "random weights also get so many times the steps; 0: not"),
     # the tables only

@@ -320,7 +320,8 @@ def test_stochastic_depth_keeps_the_mean():
     x, u = torch.randn(2, 3, 8, 8), torch.zeros(2, 2, 2)
     u[0] = 1  # the first sample keeps all its branches, scaled up; the second loses those of the second block
     one = model.blocks[0](model.embed(x), None)
-    assert torch.allclose(model(x, u=u)[1], one[1], atol=1e-6) and not torch.allclose(model(x, u=u)[0], one[0], atol=1e-3)
+    kept, lost = model(x, u=u)
+    assert torch.allclose(lost, one[1], atol=1e-6) and not torch.allclose(kept, one[0], atol=1e-3)
 
 
 def test_noise_is_a_function_of_the_place_in_the_global_batch():
@@ -823,18 +824,21 @@ def test_png_can_be_read(tmp_path):
 # ---------------------------------------------------------------- the scripts, alone and under torchrun
 
 
-@pytest.fixture(scope="session")
-def arrays(tmp_path_factory):
-    """A small data set with labels and masks, as a .npz: 32 training and 16 validation images of 16 x 16."""
+def make_arrays(path):
+    """Write a small data set with labels and masks, a .npz: 32 training and 16 validation images of 16 x 16."""
     rng = np.random.default_rng(0)
     content = {}
     for split, count in (("train", 32), ("val", 16)):
         content[f"{split}_images"] = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
         content[f"{split}_labels"] = np.arange(count) % 4
         content[f"{split}_masks"] = (content[f"{split}_images"][..., 0] > 128).astype(np.uint8)
-    path = tmp_path_factory.mktemp("data") / "tiny.npz"
     np.savez(path, **content)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def arrays(tmp_path_factory):
+    return make_arrays(tmp_path_factory.mktemp("data") / "tiny.npz")
 
 
 COMMON = ["--device", "cpu", "--amp", "off", "--log-every", "1", "--batch-size", "8"]
@@ -1061,7 +1065,8 @@ def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
 
 
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
-    monkeypatch.setattr(reproduce, "CLAIMS", [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")])
+    claims = [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
+    monkeypatch.setattr(reproduce, "CLAIMS", claims)
     rows = [["a", {"values": [[10.0, 12.0]]}], ["b", {"values": [[7.0, 5.0]]}], ["c", {"values": [[7.5], [8.1]]}]]
     found = {claim: verdict for claim, verdict, _ in reproduce.verdicts({"t": {"rows": rows}})["rows"]}
     assert found == {"far": "holds", "near": "undecided", "less": "does not hold"}  # 5 > 2 * 1.41, 1.8 < 2 * 1.04

@@ -8,7 +8,10 @@
 OUT: checkpoint.pt, metrics.jsonl, reconstructions.png (originals over reconstructions from hard tokens), loss.png.
 """
 
+import math
+
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
@@ -115,7 +118,7 @@ def main(argv=None):
     model = build(args).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    out = training.open_output(args.out, args.resume, rank)
+    out = training.open_output(args, rank)
     step = 0
     if args.resume:
         state = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)
@@ -132,7 +135,7 @@ def main(argv=None):
 
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
-    train_model = training.wrap(model, device, args.compile)
+    train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
     tokens = args.image_size // model.config.downsampling
     noise_shape = tokens, tokens, args.vocab_size
     log = training.Log(out, rank, args.steps, step)
@@ -157,7 +160,10 @@ def main(argv=None):
                 scaler.scale(loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
             seen.append(seen_i)
-        scaler.step(optimizer)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+        if finite.allow(norm, step, lr):
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         squared_error, *counts = (training.all_sum(sum(values)) for values in zip(*seen))
@@ -168,17 +174,17 @@ def main(argv=None):
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()
             terms = {name: term.item() for name, term in terms.items()}  # of this process's last pass
-            log.step(step, args.batch_size, loss=loss, **terms, tau=tau, beta=beta, lr=lr, **train_set.trouble())
+            trouble = train_set.trouble() | finite.trouble()
+            log.step(step, args.batch_size, loss=loss, **terms, tau=tau, beta=beta, lr=lr, **trouble)
+        training.save_or_stop(save, step, args.steps, args.save_every, device)
         if step % args.save_every == 0 and step < args.steps:
             log.write(step=step, **evaluate(evaluated, held_out, args, device, rank, world, autocast))
-            save(step)
     result = evaluate(evaluated, held_out, args, device, rank, world, autocast)
-    save(step)
     log.final(**result)
     if rank == 0:
         draw_pictures(out, evaluated, held_out)
 
 
 if __name__ == "__main__":
-    with training.one_line_errors():
+    with training.one_line_errors(stoppable=True):
         main()

@@ -11,11 +11,15 @@ import hashlib
 import json
 import math
 import os
+import signal
+import socket
 import struct
 import sys
 import time
+import zipfile
 import zlib
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -92,20 +96,49 @@ def parse_recipe(parser, recipes, argv=None):
     return args
 
 
+STOPPED = 75  # exit status of a run that saved and stopped because it was asked to: "try again" in sysexits.h
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came; the checkpoint is written."""
+
+
+signals = []  # those that came
+
+
+def stop_asked(device):
+    """Has any process been sent SIGTERM or SIGINT? The same answer in all of them."""
+    return bool(all_sum(torch.tensor(len(signals), device=device))) if dist.is_initialized() else bool(signals)
+
+
+def note_signal(number, frame):
+    """Handler of SIGTERM and SIGINT: the loop ends its step first. A second SIGINT interrupts at once."""
+    if signals and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    signals.append(number)
+
+
 @contextlib.contextmanager
-def one_line_errors():
+def one_line_errors(stoppable=False):
     """Report bad input (ValueError, OSError) in one line with exit status 2; `python -X dev` shows where.
 
-    An error that came through a loader process carries that process's traceback; its last line is the error.
+    stoppable: note SIGTERM and SIGINT for stop_asked(); a loop that ends with Stopped has exit status 75. An error
+    that came through a loader process carries that process's traceback; its last line is the error.
     """
+    status = 0
+    for number in (signal.SIGTERM, signal.SIGINT) if stoppable else ():
+        signal.signal(number, note_signal)
     try:
         yield
+    except Stopped as stopped:
+        print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
+        status = STOPPED
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     finally:
         joined = dist.is_initialized()
         if joined:
@@ -115,7 +148,9 @@ def one_line_errors():
         # being taken down aborts the process ("terminate called without an active exception"). Do not take it down.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 # ---------------------------------------------------------------- processes, devices, precision
@@ -140,7 +175,8 @@ def setup(device):
         torch.cuda.set_device(device)
     device = torch.device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A process that waits longer than this for the others gives up: nothing hangs for ever.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         return device, dist.get_rank(), dist.get_world_size()
     return device, 0, 1
 
@@ -190,6 +226,32 @@ def all_sum(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+class FiniteSteps:
+    """Lets a step pass if its gradient is finite; counts those skipped and ends the run after LIMIT in a row."""
+
+    LIMIT = 10  # fp16's loss scale may need a few at the start
+
+    def __init__(self, out):
+        self.out, self.total, self.in_a_row = out, 0, 0
+
+    def allow(self, norm, step, lr):
+        """norm: of the gradient, the same in all processes. Raises ValueError after LIMIT steps in a row."""
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        if self.in_a_row == self.LIMIT:
+            raise ValueError(
+                f"the gradient was not finite in {self.LIMIT} steps in a row, the last one step {step} at learning "
+                f"rate {lr:.3g}: lower --lr; {self.out / CHECKPOINTS[0]} is the last good checkpoint"
+            )
+        return False
+
+    def trouble(self):
+        """{"skipped_steps": how many} for the log; empty if there were none."""
+        return {"skipped_steps": self.total} if self.total else {}
 
 
 def seed_for(*key):
@@ -269,42 +331,133 @@ def set_lr(optimizer, lr):
 # ---------------------------------------------------------------- output folder, checkpoints
 
 
-def open_output(out, resume, rank):
-    """Create OUT; refuse a non-empty one without --resume, and --resume without a checkpoint in it."""
-    out = Path(out)
-    if resume and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"--resume: there is no checkpoint.pt in {out}")
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+LEFT_BY_A_FALSE_START = {"lock", "checkpoint.tmp"}  # by a run that was killed before its first checkpoint
+LOCKS = []  # open lock files: closing one would give the lock back
+
+
+def lock(out):
+    """Take OUT/lock, which the system gives back when this process ends, however it ends; return what it said before.
+
+    Raises ValueError naming the process that has it. Notes this process in it, and the one that launched it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: no locks
+        return {}
+    file = open(out / "lock", "a+")
+    file.seek(0)
+    before = json.loads(file.read() or "{}")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = f"process {before.get('pid', '?')} on {before.get('host', '?')}"
+        raise ValueError(f"--out {out} is in use by {owner}: stop that first, or choose another folder") from error
+    file.truncate(0)
+    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launcher": os.getppid()}))
+    file.flush()
+    LOCKS.append(file)
+    return before
+
+
+def claim_output(args):
+    """Make OUT and lock it; refuse a non-empty one without --resume, and --resume without a checkpoint in it.
+
+    Sets args.resume if torchrun (--max-restarts) has started this same run again after a process had died.
+    """
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder: choose a new one")
+    if args.resume and not out.is_dir():
+        raise ValueError(f"--resume: there is no folder {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    before = lock(out)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and before.get("launcher") == os.getppid():
+        args.resume = any((out / name).is_file() for name in CHECKPOINTS)
+    elif not args.resume and {path.name for path in out.iterdir()} - LEFT_BY_A_FALSE_START:
         raise ValueError(f"--out {out} is not an empty folder: choose a new one, or --resume to continue it")
-    if dist.is_initialized():
-        dist.barrier()  # every process has looked before the first one writes
+    if args.resume and not any((out / name).is_file() for name in CHECKPOINTS):
+        raise ValueError(f"--resume: there is no checkpoint.pt in {out}")
+
+
+def open_output(args, rank):
+    """The folder OUT, made, locked and checked by the first process (see claim_output); all raise its ValueError."""
+    verdict = [None, args.resume]
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    return out
+        try:
+            claim_output(args)
+            verdict = [None, args.resume]
+        except (ValueError, OSError) as error:
+            verdict = [str(error), None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(verdict)
+    message, args.resume = verdict
+    if message:
+        raise ValueError(message)
+    return Path(args.out)
+
+
+CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before
 
 
 def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
     """Write OUT/checkpoint.pt: configuration, weights and all that --resume needs, after `step` steps.
 
-    To a temporary file first, then renamed: a reader never sees half a checkpoint.
+    To a temporary file first, which is on the disk before it takes the name; the one before it becomes previous.pt. So
+    at every instant one of them is whole. Raises ValueError, leaving them as they are, if the disk is full or a weight
+    is not finite.
     """
     state = {"kind": kind, "config": asdict(model.config), "model": model.state_dict(), **more}
     state |= {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     state |= {"arguments": vars(args), "torch": str(torch.__version__)}
-    torch.save(state, out / "checkpoint.tmp")
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+    newest, previous, temporary = (out / name for name in (*CHECKPOINTS, "checkpoint.tmp"))
+    for name, tensor in state["model"].items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite after step {step}: lower --lr; {newest} is the last good one")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer reports what the file's write raised
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        raise ValueError(
+            f"cannot write the checkpoint of step {step} to {out} ({reason}): the last one stays; make room, --resume"
+        ) from error
+    if newest.exists():
+        os.replace(newest, previous)
+    os.replace(temporary, newest)
 
 
-FREE_TO_CHANGE = {"resume", "out", "data_dir", "workers", "log_every", "save_every"}
+FREE_TO_CHANGE = {"resume", "out", "data_dir", "workers", "log_every", "save_every", "accumulate", "device"}
+
+
+def save_or_stop(save, step, steps, save_every, device):
+    """Save every `save_every` steps and after the last one; on SIGTERM or SIGINT save now and raise Stopped."""
+    stop = stop_asked(device)
+    if stop or step % save_every == 0 or step == steps:
+        save(step)
+    if stop:
+        raise Stopped(f"stopped by a signal after step {step} of {steps}, which is saved: --resume goes on")
 
 
 def resume_checkpoint(out, kind, args, model, optimizer, scaler):
-    """Load OUT/checkpoint.pt into model, optimizer and scaler; return the checkpoint.
+    """Load OUT's newest whole checkpoint into model, optimizer and scaler; return the checkpoint.
 
-    Raises ValueError naming a setting that differs from the interrupted run's, except those that change
-    no result.
+    Raises ValueError if none is whole, or naming a setting that differs from the interrupted run's, except those that
+    change no result.
     """
-    state = load_checkpoint(out / "checkpoint.pt", kind)
+    damage = []
+    for name in CHECKPOINTS:
+        try:
+            state = load_checkpoint(out / name, kind)
+            break
+        except ValueError as error:
+            damage.append(str(error))
+    else:
+        raise ValueError(f"--resume: {'; '.join(damage)}")
+    if damage and not (dist.is_initialized() and dist.get_rank()):
+        print(f"{damage[0]}: going on from {name}, step {state['step']}", file=sys.stderr)
     for name, value in vars(args).items():
         if name not in FREE_TO_CHANGE and state["arguments"].get(name) != value:
             flag = "--" + name.replace("_", "-")
@@ -316,7 +469,10 @@ def resume_checkpoint(out, kind, args, model, optimizer, scaler):
 
 
 def read_file(path):
-    """What a .pt, .pth or .safetensors file holds, read without running code in it. Raises ValueError naming it."""
+    """What a .pt, .pth or .safetensors file holds, read without running code in it. Raises ValueError naming it.
+
+    A .pt file is a zip archive with a checksum for each tensor; torch.load does not look at them, so this does.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
@@ -325,9 +481,12 @@ def read_file(path):
     else:
         read = functools.partial(torch.load, map_location="cpu", weights_only=True)
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {damaged} differs")
         return read(path)
     except Exception as error:  # half a dozen kinds for damaged and foreign files, and for code in a pickle
-        raise ValueError(f"{path} is not a whole file of weights: {type(error).__name__}") from error
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path} is not a whole file of weights: {reason}") from error
 
 
 def write_file(path, state):
@@ -379,7 +538,8 @@ class Log:
         self.start, self.first_step = time.time(), first_step
         if rank == 0 and self.path and self.path.exists():  # resumed: forget what came after the checkpoint
             kept = [m for m in read_metrics(out) if m.get("step", math.inf) <= first_step]
-            self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            (out / "metrics.tmp").write_text("".join(json.dumps(m) + "\n" for m in kept))
+            os.replace(out / "metrics.tmp", self.path)
         self.terminal = sys.stdout.isatty()
 
     def write(self, **record):
@@ -412,8 +572,9 @@ class Log:
 
 
 def read_metrics(out):
-    """All records of OUT/metrics.jsonl."""
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """All records of OUT/metrics.jsonl, without a last line that a killed process left unfinished."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 # ---------------------------------------------------------------- pictures
