@@ -275,6 +275,8 @@ def fetch(name, url, folders, check):
                 download(url, file)
                 check(partial)
             except OSError as error:
+                if file.tell() == 0:
+                    partial.unlink()
                 message = f"cannot download {url} ({error}): fetch it yourself and point --data-dir at it"
                 raise ValueError(message) from error
             except ValueError:

@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,6 +92,7 @@ class Runner:
         self.planning, self.planned, self.total = False, set(), 0
         self.missing = collections.Counter()  # {script: stages to run}
         self.seconds = collections.defaultdict(list)  # {script: machine seconds of each stage that ran}
+        self.processes = []
         self.start = time.time()
 
     def plan(self, experiments):
@@ -101,9 +103,10 @@ class Runner:
         self.planning, self.total = False, self.missing.total()
 
     def stage(self, name, script, *flags, threads=0):
-        """The final record and `checkpoint` of `script`, run into OUT/name-digest unless that is finished."""
+        """The final record and `checkpoint` of `script`, run into OUT/name-digest unless that digest is finished."""
         flags = ["--recipe", self.recipe, *map(str, flags)]
-        name = f"{name}-{self.digest(script, flags)}"
+        digest = self.digest(script, flags)
+        name = next((path.stem for path in self.out.glob(f"*-{digest}.json")), f"{name}-{digest}")
         done = self.out / f"{name}.json"
         if not done.exists():
             if self.planning:
@@ -131,15 +134,16 @@ class Runner:
             file.write(shlex.join(command[1:]) + "\n")
         started = time.time()
         with open(log, "a") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-        if status:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        self.processes.append(process)
+        if status := process.wait():
             tail = log.read_text().strip().splitlines()[-1:]
             raise ValueError(f"stage {name} ended with status {status}: {' '.join(tail)} ({log})")
         seconds = round(time.time() - started, 1)
         record = {k: v for k, v in training.read_metrics(folder)[-1].items() if k != "final"}
         done = {"command": shlex.join([script, *flags]), "seconds": seconds, "resumed": "--resume" in command}
-        (self.out / "finished.tmp").write_text(json.dumps(done | {"threads": threads, "result": record}) + "\n")
-        os.replace(self.out / "finished.tmp", self.out / f"{name}.json")
+        (self.out / f"{name}.tmp").write_text(json.dumps(done | {"threads": threads, "result": record}) + "\n")
+        os.replace(self.out / f"{name}.tmp", self.out / f"{name}.json")
         self.seconds[script].append(seconds / (self.jobs if threads else 1))
         self.missing[script] -= 1
         self.report(name, seconds, record)
@@ -158,9 +162,17 @@ class Runner:
     def stages(self, calls):
         """Run independent stages side by side, one thread each: {key: (name, script, *flags)} -> {key: record}."""
         threads = 1 if self.jobs > 1 else 0
-        with ThreadPoolExecutor(self.jobs) as pool:
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
             futures = {key: pool.submit(self.stage, *call, threads=threads) for key, call in calls.items()}
             return {key: future.result() for key, future in futures.items()}
+        finally:  # if one has failed the others are not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self):
+        """Ask the stages that run to save and stop: they go on from there with --resume."""
+        for process in self.processes:
+            process.terminate()
 
 
 def tokenizer_stage(runner, name="tokenizer", *flags):
@@ -299,14 +311,16 @@ def summary(runner):
         ["eq. 3, nats per image", f"log p(x|z) {beit['stage1_nats']:.0f}, log p(z|x~) {beit['stage2_nats']:.1f}"],
     ]
     for labels, epochs in zip(s["labels"], s["cls_epochs"]):
-        starts = {"BEiT": ([beit["checkpoint"]], s["cls_lr"], ()), "random": scratch(s)}
+        starts = {"BEiT": ([beit["checkpoint"]], s["cls_lr"], ()), "from scratch": scratch(s)}
         if s["longer"]:
             more = ("--layer-decay", 1, "--epochs", epochs * s["longer"])
-            starts["random, longer"] = (["random"], "random", more)
-        found = classify(runner, labels, starts) | {"raw pixels": raw_pixels(runner, labels)}
+            starts[f"from scratch, {s['longer']} times the steps"] = (["random"], "from scratch", more)
+        found = classify(runner, labels, starts)
+        found["logistic regression on raw pixels"] = raw_pixels(runner, labels)
         rows += [[f"top-1, {labels} labels per class, {row}", result(found[row])] for row in found]
-    starts = {"BEiT": ([beit["checkpoint"]], s["seg_lr"], ()), "random": scratch_segmenter(s)}
-    rows += [[f"mIoU, {row}", result(value)] for row, value in segment(runner, starts).items()]
+    starts = {"BEiT": ([beit["checkpoint"]], s["seg_lr"], ()), "random weights": scratch_segmenter(s)}
+    found = segment(runner, starts) | {"commonest class everywhere": commonest_class(runner)}
+    rows += [[f"mIoU, {row}", result(value)] for row, value in found.items()]
     return {"title": "Summary", "columns": ["", "result on test images"], "rows": rows}
 
 
@@ -548,14 +562,16 @@ def machine():
 
 
 def save_results(runner, tables):
-    """Add the tables to OUT/results.json, with what every finished stage took, in seconds, and the machine."""
+    """Add the tables to OUT/results.json, with each finished stage's seconds, the claims and the machine."""
     path = runner.out / "results.json"
     saved = json.loads(path.read_text()) if path.exists() else {"tables": {}}
     finished = {p.stem: json.loads(p.read_text()) for p in sorted(runner.out.glob("*.json")) if p != path}
     stages = {name: {key: done[key] for key in ("seconds", "threads", "resumed")} for name, done in finished.items()}
     saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__), "stages": stages}
     saved["tables"] |= tables
+    saved["tables"]["claims"] = verdicts(saved["tables"])
     path.write_text(json.dumps(saved, indent=1) + "\n")
+    return saved
 
 
 def main(argv=None):
@@ -580,11 +596,16 @@ def main(argv=None):
     runner = Runner(out, args.recipe, args.seeds, args.data_dir, args.jobs)
     names = [f"table {n}" for n in args.table] + [f"figure {n}" for n in args.figure] or ["summary"]
     runner.plan([EXPERIMENTS[name] for name in names])
-    tables = {name: EXPERIMENTS[name](runner) for name in names}
-    tables |= {"claims": claims} if (claims := verdicts(tables))["rows"] else {}
-    save_results(runner, tables)
-    for table in tables.values():
-        print(f"\n{table['title']}\n{markdown(table)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for name in names:
+            tables = save_results(runner, {name: EXPERIMENTS[name](runner)})["tables"]
+    except KeyboardInterrupt:
+        raise training.Stopped("stopped: --resume goes on") from None
+    finally:
+        runner.stop()
+    for name in [*names, "claims"] if args.table or args.figure else names:
+        print(f"\n{tables[name]['title']}\n{markdown(tables[name])}")
     print(f"\n{(time.time() - runner.start) / 60:.1f} minutes; pictures: {out}/*/*.png; numbers: {out}/results.json")
 
 

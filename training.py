@@ -335,28 +335,34 @@ LEFT_BY_A_FALSE_START = {"lock", "checkpoint.tmp"}  # by a run that was killed b
 LOCKS = []  # open lock files: closing one would give the lock back
 
 
-def lock(out):
-    """Take OUT/lock, which the system gives back when this process ends, however it ends; return what it said before.
+def read_lock(out):
+    """Who has, or had, OUT/lock: {"pid", "host", "launcher"}; empty if nobody."""
+    path = out / "lock"
+    return json.loads(path.read_text() or "{}") if path.is_file() else {}
 
-    Raises ValueError naming the process that has it. Notes this process in it, and the one that launched it.
+
+def lock(out):
+    """Take OUT/lock, which the system gives back when this process ends, however it ends; note this process in it.
+
+    Raises ValueError naming the process that has it.
     """
     try:
         import fcntl
     except ImportError:  # Windows: no locks
-        return {}
-    file = open(out / "lock", "a+")
-    file.seek(0)
-    before = json.loads(file.read() or "{}")
+        return
+    file = open(out / "lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        owner = f"process {before.get('pid', '?')} on {before.get('host', '?')}"
-        raise ValueError(f"--out {out} is in use by {owner}: stop that first, or choose another folder") from error
+        owner = read_lock(out)
+        raise ValueError(
+            f"--out {out} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}: "
+            "stop that first, or choose another folder"
+        ) from error
     file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launcher": os.getppid()}))
     file.flush()
     LOCKS.append(file)
-    return before
 
 
 def claim_output(args):
@@ -365,18 +371,16 @@ def claim_output(args):
     Sets args.resume if torchrun (--max-restarts) has started this same run again after a process had died.
     """
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is not a folder: choose a new one")
-    if args.resume and not out.is_dir():
-        raise ValueError(f"--resume: there is no folder {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    before = lock(out)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and before.get("launcher") == os.getppid():
-        args.resume = any((out / name).is_file() for name in CHECKPOINTS)
-    elif not args.resume and {path.name for path in out.iterdir()} - LEFT_BY_A_FALSE_START:
-        raise ValueError(f"--out {out} is not an empty folder: choose a new one, or --resume to continue it")
-    if args.resume and not any((out / name).is_file() for name in CHECKPOINTS):
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    whole = there & set(CHECKPOINTS)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and read_lock(out).get("launcher") == os.getppid():
+        args.resume = bool(whole)
+    if args.resume and not whole:
         raise ValueError(f"--resume: there is no checkpoint.pt in {out}")
+    if not args.resume and there - LEFT_BY_A_FALSE_START:
+        raise ValueError(f"--out {out} is not an empty folder: choose a new one, or --resume to continue it")
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
 
 
 def open_output(args, rank):
