@@ -150,13 +150,13 @@ class Runner:
 
     def report(self, name, seconds, record):
         """One line for a stage that has ended: which of how many, the time since the start and the time left."""
-        elapsed, known = time.time() - self.start, {s: statistics.mean(t) for s, t in self.seconds.items()}
+        elapsed, known = int(time.time() - self.start), {s: statistics.mean(t) for s, t in self.seconds.items()}
         seconds_left = sum(count * known.get(script, 0) for script, count in self.missing.items())
         at_least = "about" if set(+self.missing) <= set(known) else "more than"
         left = f"{at_least} {math.ceil(seconds_left / 60)} min left"
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in record.items())
         count = f"[{self.total - self.missing.total()}/{self.total}]"
-        clock = f"{elapsed // 60:3.0f}m{elapsed % 60:02.0f}s"
+        clock = f"{elapsed // 60:3d}m{elapsed % 60:02d}s"
         print(f"{clock} {count}  {left}  {name}  {seconds:.0f} s  {numbers}", flush=True)
 
     def stages(self, calls):
