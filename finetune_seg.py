@@ -36,10 +36,10 @@ RECIPES = {
     "flip": (True, True, True, True, "mirror half of the images"),
     "photometric": (False, False, True, True, "vary brightness, contrast and saturation"),
     # optimisation
-    "steps": (200, 300, 160_000, 160_000, "optimisation steps"),
-    "warmup_steps": (20, 30, 1500, 1500, "of linear warm-up; then linear to 0"),
+    "steps": (100, 300, 160_000, 160_000, "optimisation steps"),
+    "warmup_steps": (10, 30, 1500, 1500, "of linear warm-up; then linear to 0"),
     "batch_size": (16, 32, 16, 16, "images per step, all processes together"),
-    "lr": (8e-3, 8e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
+    "lr": (1.6e-2, 8e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
     "layer_decay": (0.5, 0.5, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),

@@ -51,14 +51,14 @@ RECIPES = {
     # name: (demo, fashion, help)
     "data": ("shapes", "fashion-mnist", "images to pre-train on and to classify"),
     "scenes": ("shapes", "fashion-scenes", "images with masks, to segment"),
-    "seeds": (1, 3, "fine-tuning runs per row, each with labelled images of its own"),
+    "seeds": (3, 3, "fine-tuning runs per row, each with labelled images of its own"),
     "labels": ((100,), (100, 10), "labels per class to fine-tune the classifier with"),
     "cls_epochs": ((15.0,), (10.0, 100.0), "passes over them, for equal steps"),
     "cls_batch": (40, 50, "images per step of the classifier"),
     "cls_lr": ((1e-3,), (1e-3, 2e-3), "learning rates to choose from, for pre-trained weights"),
     "cls_lr_random": ((5e-4,), (2.5e-4, 5e-4, 1e-3), "and for random weights"),
     "seg_images": (800, 200, "images with masks to fine-tune the segmenter with"),
-    "seg_lr": ((8e-3,), (8e-3,), "likewise for segmentation, pre-trained"),
+    "seg_lr": ((1.6e-2,), (8e-3,), "likewise for segmentation, pre-trained"),
     "seg_lr_random": ((4e-3, 8e-3), (2e-3, 4e-3, 8e-3), "and random"),
     "longer": (0, 4, "random weights also get so many times the steps; 0: not"),
     # the tables only
