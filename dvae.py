@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 import training
 
@@ -173,6 +172,18 @@ def kl_to_uniform(logits):
 # ---------------------------------------------------------------- the tokenizer
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, for use in a loss: its gradient too is the sum of theirs."""
+
+    @staticmethod
+    def forward(context, values):
+        return training.all_sum(values.clone())
+
+    @staticmethod
+    def backward(context, gradient):
+        return training.all_sum(gradient.clone())
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch normalisation without scale and shift whose statistics are of the batches of all processes together.
 
@@ -187,7 +198,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
 
         def mean_over_all(values):
-            return all_reduce(values.mean((0, 2, 3))) / dist.get_world_size()  # passes gradients to every process
+            return SumOverProcesses.apply(values.mean((0, 2, 3))) / dist.get_world_size()
 
         mean = mean_over_all(x)
         centred = x - mean[:, None, None]

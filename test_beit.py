@@ -842,7 +842,7 @@ BROKEN = {  # file name: (how it is made at its path, what it is)
     "text.jpg": (lambda path: path.write_text("not an image"), "text under another name"),
     "bomb.png": (lambda path: path.write_bytes(png(10_000, 10_000)), "a hundred million pixels in a few bytes"),
     "huge.png": (lambda path: path.write_bytes(png(60_000, 60_000)), "more than Pillow itself opens"),
-    "short.png": (lambda path: path.write_bytes(png(8, 8, bytes(25 * 8))[:-20]), "truncated"),
+    "short.png": (lambda path: path.write_bytes(png(8, 8, random.Random(0).randbytes(25 * 8))[:-100]), "truncated"),
     "garbage.png": (lambda path: path.write_bytes(png(8, 8, b"too few rows")), "with less in it than it claims"),
     "loop.png": (lambda path: path.symlink_to(path), "a symbolic link to itself"),
     "folder.png": (lambda path: path.mkdir(), "a folder"),
@@ -1146,20 +1146,31 @@ def torchrun(*command, processes=2):
 def test_two_processes_equal_one(stage, arrays, made, tmp_path):
     """The same global batch over two processes with two accumulation passes each: the same four steps, noise and all.
 
-    A small learning rate, because AdamW moves a weight whose gradient is next to nothing by its rounded sign. The
-    tokenizer has one pass, because its batch statistics are those of a pass.
+    A small learning rate, because AdamW moves a weight whose gradient is next to nothing by its rounded sign; so it
+    does with the biases that the tokenizer's standardised logits take away again, hence not here: see the next test.
     """
     flags = [*script_flags(stage, arrays, made), *NOISE[stage], "--lr", "1e-4"]
+    flags += ["--no-normalise-logits"] if stage == "tokenizer" else []
     one, two = tmp_path / "one", tmp_path / "two"
     MODULES[stage].main([*flags, "--out", str(one)])
-    passes = "1" if stage == "tokenizer" else "2"
-    done = torchrun(SCRIPTS[stage][0], *flags, "--out", str(two), "--accumulate", passes)
+    done = torchrun(SCRIPTS[stage][0], *flags, "--out", str(two), "--accumulate", "2")
     assert done.returncode == 0, done.stderr
     for a, b in zip(training.read_metrics(one), training.read_metrics(two), strict=True):
         for name in {"loss", "gradient_norm"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     one, two = weights(one), weights(two)
     assert max((one[name] - two[name]).abs().mean() for name in one) < 1e-6
+
+
+@pytest.mark.parametrize("more", [(), ("--quantizer", "vq")], ids=["standardised logits", "vq"])
+def test_tokenizers_statistics_are_of_all_processes(more, arrays, tmp_path):
+    """Two processes have the loss of one at each step: batch statistics and dead codes are of the global batch."""
+    flags = [*script_flags("tokenizer", arrays, tmp_path), *more, "--lr", "1e-4"]
+    train_tokenizer.main([*flags, "--out", str(tmp_path / "one")])
+    done = torchrun(SCRIPTS["tokenizer"][0], *flags, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    one, two = ([m["loss"] for m in training.read_metrics(tmp_path / name) if "loss" in m] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 def test_decoding_tokens_equals_decoding_one_hot_codes():

@@ -140,10 +140,12 @@ def processes(bench):
     for stage in SCRIPTS:
         half = ["--steps", "20"] if "--steps" in LENGTH[stage] else ["--epochs", "5"]
         flags = [*bench.flags(stage), *half, "--lr", "1e-4", "--save-every", "100"]
+        if stage == "tokenizer":  # else it has biases without an effect, which AdamW moves by their rounding errors
+            flags.append("--no-normalise-logits")
         found = {}
         for count in (1, 2, 4):
             out = bench.folder / f"processes-{stage}-{count}"
-            more = ["--accumulate", "2"] if count == 2 and stage != "tokenizer" else []
+            more = ["--accumulate", "2"] if count == 2 else []
             done = test_beit.torchrun(SCRIPTS[stage][0], *flags, *more, "--out", str(out), processes=count)
             assert done.returncode == 0, done.stderr
             found[count] = weights(out)

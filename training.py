@@ -410,13 +410,13 @@ def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
     at every instant one of them is whole. Raises ValueError, leaving them as they are, if the disk is full or a weight
     is not finite.
     """
+    newest, previous, temporary = (out / name for name in (*CHECKPOINTS, "checkpoint.tmp"))
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite after step {step}: lower --lr; {newest} is the last good one")
     state = {"kind": kind, "config": asdict(model.config), "model": model.state_dict(), **more}
     state |= {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     state |= {"arguments": vars(args), "torch": str(torch.__version__)}
-    newest, previous, temporary = (out / name for name in (*CHECKPOINTS, "checkpoint.tmp"))
-    for name, tensor in state["model"].items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not finite after step {step}: lower --lr; {newest} is the last good one")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
