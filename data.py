@@ -199,7 +199,7 @@ def open_source(data, split, data_dir=None):
         if path.is_dir() and (path / f"{split}_images.npy").is_file():
             found = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in path.glob("*.npy")}
             return arrays_source(path, found, split)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole array file: {error}") from error
     if (path / "images").is_dir() and (path / "annotations").is_dir():
         return ade_source(path, split)
@@ -272,15 +272,16 @@ def fetch(name, url, folders, check):
     with open(partial, "ab") as file, exclusive(file):
         if not target.is_file():  # another process may have fetched it in the meantime
             try:
+                file.seek(0, os.SEEK_END)  # where the process before this one broke off
                 download(url, file)
                 check(partial)
             except OSError as error:
                 if file.tell() == 0:
-                    partial.unlink()
+                    partial.unlink(missing_ok=True)
                 message = f"cannot download {url} ({error}): fetch it yourself and point --data-dir at it"
                 raise ValueError(message) from error
             except ValueError:
-                partial.unlink()
+                partial.unlink(missing_ok=True)
                 raise
             os.replace(partial, target)
     return target
@@ -718,15 +719,15 @@ def train_batches(dataset, batch, rank, world, seed, first, last, workers, devic
 def eval_batches(dataset, batch, limit, rank, world, workers):
     """This process's share of the first `limit` samples, in order, each once; epoch -1 in the keys.
 
-    Raises Stopped if a signal came: evaluation changes nothing, and is made again after --resume.
+    Raises Stopped if a signal came. Several processes, which then wait for each other's sums, go on to the end.
     """
     keys = [(-1, index) for index in range(rank, min(len(dataset), limit), world)]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
     for loaded in DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=keep_batch, worker_init_fn=ignore_signals
     ):
-        if training.signals:
-            raise training.Stopped("stopped by a signal during evaluation; the last step is saved: --resume goes on")
+        if training.signals and world == 1:
+            raise training.Stopped("stopped by a signal during an evaluation, which changes nothing")
         yield loaded
 
 

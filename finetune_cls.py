@@ -197,7 +197,7 @@ def mix(x, targets, mixup, cutmix, rng):
 
     lambda ~ Beta(alpha, alpha), one for the step, is the share of the image itself: in every pixel (mixup), or as the
     area outside a pasted box (cutmix; recomputed after the box is cut off at the border). Neighbours (0 and 1, 2 and
-    3, ...) stay together when a batch is dealt to processes.
+    3, ...) stay together when a batch is dealt to processes in even parts.
     """
     if not mixup and not cutmix:
         return x, targets

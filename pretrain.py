@@ -145,9 +145,10 @@ def two_views(batch, device, statistics):
 def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
     """Loss and accuracy of what is to be recovered, and the two terms of eq. 3, on held-out images with fixed masks.
 
-    mim_loss: nats per masked token. mim_accuracy: share of masked tokens whose likeliest prediction is right.
-    commonest_token: accuracy of always saying the commonest. stage1_nats: log p_psi(x|z^); stage2_nats:
-    log p_theta(z^|x~) of the masked tokens; both per image. Pixels have mim_loss alone, a mean squared error.
+    mim_loss: nats per token to recover, the masked ones (or, --recover all, every one). mim_accuracy: share of them
+    whose likeliest prediction is right. commonest_token: accuracy of always saying the commonest. stage1_nats:
+    log p_psi(x|z^); stage2_nats: log p_theta(z^|x~) of the tokens to recover; both per image. Pixels have mim_loss
+    alone, a mean squared error.
     """
     model.eval()
     grid, batch_size = model.config.grid, max(1, args.batch_size // world // args.accumulate)
@@ -165,7 +166,7 @@ def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
         if tokenizer:
             counts += torch.bincount(target[where], minlength=len(counts))
             sums[3] += (prediction.argmax(-1) == target[where]).sum()
-            # Eq. 3's first term; its second is the sum of log p_MIM over M, which is -loss.
+            # Eq. 3's first term; its second is the sum of log p_MIM over them, -loss.
             with autocast():
                 parameters = tokenizer.decode_parameters(target.unflatten(1, (grid, grid)))
             sums[4] -= tokenizer.negative_log_likelihood(pixels, *parameters).sum()

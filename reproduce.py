@@ -8,8 +8,9 @@
 Every stage is one of the scripts, run as a reader would run it; its command is in OUT/commands.txt, its output in
 OUT/STAGE.log, its checkpoint, numbers and pictures in OUT/STAGE/. STAGE ends in a digest of all its settings and of
 those of the stages that it starts from: with --resume a stage is repeated only if one of them has changed.
-Learning rates are chosen on the validation split, everything reported is measured on the test split.
-OUT/results.json holds the tables, each value, each stage's time and the machine.
+Learning rates are chosen on the validation split (from the values in RECIPES; where there is one, it was chosen so
+before), everything reported is measured on the test split. OUT/results.json holds the tables, each value, each stage's
+time and the machine; README.md's copies of it are in results/RECIPE.json.
 """
 
 import collections
@@ -25,8 +26,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,7 @@ class Runner:
         self.planning, self.planned, self.total = False, set(), 0
         self.missing = collections.Counter()  # {script: stages to run}
         self.seconds = collections.defaultdict(list)  # {script: machine seconds of each stage that ran}
-        self.processes = []
+        self.processes, self.stopped, self.lock = [], False, threading.Lock()
         self.start = time.time()
 
     def plan(self, experiments):
@@ -128,14 +130,16 @@ class Runner:
         folder, log = self.out / name, self.out / f"{name}.log"
         command = [sys.executable, str(HERE / script), *flags, "--out", str(folder)]
         command += ["--data-dir", self.data_dir] if self.data_dir else []
-        command += ["--resume"] if (folder / "checkpoint.pt").exists() else []
+        command += ["--resume"] if any((folder / name).exists() for name in training.CHECKPOINTS) else []
         environment = {**MALLOC, **os.environ} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         with open(self.out / "commands.txt", "a") as file:
             file.write(shlex.join(command[1:]) + "\n")
         started = time.time()
-        with open(log, "a") as file:
+        with open(log, "a") as file, self.lock:
+            if self.stopped:
+                raise ValueError(f"stage {name} was not begun: another one failed")
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        self.processes.append(process)
+            self.processes.append(process)
         if status := process.wait():
             tail = log.read_text().strip().splitlines()[-1:]
             raise ValueError(f"stage {name} ended with status {status}: {' '.join(tail)} ({log})")
@@ -144,8 +148,9 @@ class Runner:
         done = {"command": shlex.join([script, *flags]), "seconds": seconds, "resumed": "--resume" in command}
         (self.out / f"{name}.tmp").write_text(json.dumps(done | {"threads": threads, "result": record}) + "\n")
         os.replace(self.out / f"{name}.tmp", self.out / f"{name}.json")
-        self.seconds[script].append(seconds / (self.jobs if threads else 1))
-        self.missing[script] -= 1
+        with self.lock:
+            self.seconds[script].append(seconds / (self.jobs if threads else 1))
+            self.missing[script] -= 1
         self.report(name, seconds, record)
 
     def report(self, name, seconds, record):
@@ -165,14 +170,19 @@ class Runner:
         pool = ThreadPoolExecutor(self.jobs)
         try:
             futures = {key: pool.submit(self.stage, *call, threads=threads) for key, call in calls.items()}
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what the stage raised
             return {key: future.result() for key, future in futures.items()}
-        finally:  # if one has failed the others are not begun
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def stop(self):
-        """Ask the stages that run to save and stop: they go on from there with --resume."""
-        for process in self.processes:
-            process.terminate()
+        """Begin no further stage, and ask those that run to save and stop: they go on from there with --resume."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
 
 
 def tokenizer_stage(runner, name="tokenizer", *flags):
@@ -288,7 +298,8 @@ def commonest_class(runner):
     if runner.planning:
         return 0.0
     test = data.open_source(runner.settings["scenes"], "test", runner.data_dir)
-    masks = torch.from_numpy(np.array(test.masks))
+    count = finetune_seg.RECIPES["eval_images"][training.COLUMNS.index(runner.recipe)]
+    masks = torch.from_numpy(np.array(test.masks[:count]))
     classes = len(test.mask_classes)
     commonest = masks[masks != data.IGNORE].flatten().bincount(minlength=classes).argmax()
     return finetune_seg.mean_iou(finetune_seg.confusion_matrix(masks, commonest.expand_as(masks), classes))[0]
@@ -393,7 +404,7 @@ def table3(runner):
     classifiers = {row: found["checkpoints"] for row, found in classify(runner, 0, all_labels).items()}
     rows = {
         "random weights": scratch_segmenter(s),
-        "supervised classification": ([classifiers["from scratch"][0][0]], s["seg_lr_random"], ()),
+        "supervised classification": ([classifiers["from scratch"][0][0]], (*s["seg_lr_random"], *s["seg_lr"]), ()),
         "BEiT": (beit, s["seg_lr"], ()),
         "BEiT, intermediate fine-tuning": ([runs[0] for runs in classifiers["BEiT"]], s["seg_lr"], ()),
     }
@@ -441,10 +452,12 @@ def table4(runner):
     table = []
     for row, (_, imagenet, ade20k) in ABLATIONS.items():
         beit, tokenizer = records[row, 0], tokenizers.get(row, {})
-        accuracy = 100 * beit["mim_accuracy"] if "mim_accuracy" in beit else None
+        masked_only = "mim_accuracy" in beit and "--recover" not in ABLATIONS[row][0]
+        accuracy = 100 * beit["mim_accuracy"] if masked_only else None
         mse = f"{tokenizer['reconstruction_mse']:.4f}" if tokenizer else None
         table.append([row, result(cls[row]), result(seg[row]), mse, accuracy, imagenet, ade20k])
-    return {"title": "Table 4: ablations", "columns": [*columns, "paper, ImageNet", "paper, ADE20K"], "rows": table}
+    title = "Table 4: ablations, all fine-tuned at the learning rate chosen for BEiT"
+    return {"title": title, "columns": [*columns, "paper, ImageNet", "paper, ADE20K"], "rows": table}
 
 
 def figure2(runner):
@@ -508,11 +521,11 @@ def verdicts(tables):
         cells = {row[0]: row[column] for row in tables[experiment]["rows"]}
         a, b = ([v for run in cells[row]["values"] for v in run] for row in (winner, loser))
         difference = statistics.mean(a) - statistics.mean(b)
-        spread = math.inf
+        margin = math.inf
         if min(len(a), len(b)) > 1:
-            spread = 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
-        verdict = "undecided" if abs(difference) <= spread else "holds" if difference > 0 else "does not hold"
-        numbers = f"{cell_text(cells[winner])} against {cell_text(cells[loser])}"
+            margin = 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
+        verdict = "undecided" if abs(difference) <= margin else "holds" if difference > 0 else "does not hold"
+        numbers = f"{spread(cells[winner])} against {spread(cells[loser])}"
         rows.append([claim, verdict, numbers])
     return {"title": "The paper's claims", "columns": ["claim", "at this scale", "numbers"], "rows": rows}
 
@@ -525,11 +538,16 @@ def result(found):
     return {key: found[key] for key in ("values", "lr") if key in found} if isinstance(found, dict) else found
 
 
+def spread(cell):
+    """'mean ± standard deviation' over all runs of a cell."""
+    values = [value for run in cell["values"] for value in run]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def cell_text(cell):
-    """'mean ± standard deviation' over all runs of a cell, or what it is."""
+    """The spread of a cell and the learning rate chosen for it, or what it is."""
     if isinstance(cell, dict):
-        values = [value for run in cell["values"] for value in run]
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+        return spread(cell) + (f" (lr {cell['lr']:g})" if "lr" in cell else "")
     return "" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
 
@@ -569,8 +587,10 @@ def save_results(runner, tables):
     stages = {name: {key: done[key] for key in ("seconds", "threads", "resumed")} for name, done in finished.items()}
     saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__), "stages": stages}
     saved["tables"] |= tables
-    saved["tables"]["claims"] = verdicts(saved["tables"])
-    path.write_text(json.dumps(saved, indent=1) + "\n")
+    if (claims := verdicts(saved["tables"]))["rows"]:
+        saved["tables"]["claims"] = claims
+    path.with_suffix(".tmp").write_text(json.dumps(saved, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
     return saved
 
 
@@ -586,6 +606,9 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     parser.add_argument("--readme", action="store_true", help="fill README.md from results/*.json and stop")
     args = parser.parse_args(argv)
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
     if args.readme:
         (HERE / "README.md").write_text(fill_readme((HERE / "README.md").read_text()))
         return

@@ -892,6 +892,10 @@ def test_broken_arrays_are_refused_in_one_line(arrays, tmp_path):
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 16
     (tmp_path / "flipped.npz").write_bytes(flipped)
+    np.savez_compressed(tmp_path / "packed.npz", train_images=np.random.default_rng(0).bytes(2000))
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    packed[len(packed) // 2 :: 7] = bytes(len(packed[len(packed) // 2 :: 7]))
+    (tmp_path / "packed.npz").write_bytes(packed)
     np.savez(tmp_path / "pickled.npz", train_images=np.array([{}], dtype=object))
     for name in ("zero", "short", "pickled"):
         (tmp_path / name).mkdir()
@@ -900,7 +904,7 @@ def test_broken_arrays_are_refused_in_one_line(arrays, tmp_path):
     np.save(tmp_path / "short" / "train_images.npy", np.zeros((9, 8, 8), np.uint8))
     with open(tmp_path / "short" / "train_images.npy", "r+b") as file:
         file.truncate(300)
-    for name in ("zero.npz", "short.npz", "flipped.npz", "pickled.npz", "zero", "short", "pickled"):
+    for name in ("zero.npz", "short.npz", "flipped.npz", "packed.npz", "pickled.npz", "zero", "short", "pickled"):
         with pytest.raises((ValueError, OSError)) as refused:
             data.open_source(str(tmp_path / name), "train")
         assert str(refused.value).strip(), name
@@ -1208,6 +1212,10 @@ def test_evaluate_only_and_figure_2(arrays, made, tmp_path, capsys):
     scores = dict(re.findall(r"(.+?) +average precision ([\d.]+)", capsys.readouterr().out))
     assert list(scores) == ["pre-trained", "random weights", "nearness", "pixels", "chance"]
     assert all(0 < float(score) <= 100 for score in scores.values())
+    unmasked = data.Arrays("no masks", np.zeros((1, 16, 16), np.uint8))
+    models, _ = visualize_attention.load_models(checkpoint)
+    with pytest.raises(ValueError, match="no masks has no masks"):
+        visualize_attention.separation(models, "half", unmasked, 1)
 
 
 def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path, monkeypatch, capsys):

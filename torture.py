@@ -9,7 +9,6 @@ killed like any other, or several processes under torchrun. CPU, float32, one th
 """
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import random
@@ -105,6 +104,7 @@ def kill(bench):
         rng, out = random.Random(stage), bench.folder / f"kill-{stage}"
         kills = writing = 0
         while kills < 20:
+            (out / "checkpoint.tmp").unlink(missing_ok=True)
             process = bench.start(stage, out)
             if kills % 4 == 3:  # as soon as a half-written file is seen
                 while not (out / "checkpoint.tmp").exists() and process.is_alive():
@@ -178,36 +178,58 @@ def terminate():
 def stop(bench):
     """SIGTERM during a step, during evaluation and during data loading: status 75, a checkpoint, the same end."""
     for stage in SCRIPTS:
+        late = ["--save-every", "1000"]  # the signal makes the checkpoint, nothing else
         places = {
             "a step": at_call(training, "all_sum", 7, terminate),
-            "evaluation": at_call(MODULES[stage], "evaluate", 5, terminate),
+            "the last evaluation": at_call(MODULES[stage], "evaluate", 1, terminate),
             "data loading": at_call(data, "sample_rng", 100, terminate),
         }
         for place, hook in places.items():
             out = bench.folder / f"stop-{stage}-{place}"
-            status, saved = bench.run(stage, out, hook=hook), (out / "checkpoint.pt").exists()
-            held = status == training.STOPPED and saved and "Traceback" not in bench.said(stage)
-            yield f"{stage}: during {place}", held and bench.run(stage, out) == 0 and bench.same(stage, out)
+            status = bench.run(stage, out, *late, hook=hook)
+            saved = training.load_checkpoint(out / "checkpoint.pt", MODULES[stage].KIND)["step"]
+            held = status == training.STOPPED and saved > 0 and bench.said(stage).count("\n") == 1
+            yield f"{stage}: during {place}", held and bench.run(stage, out, *late) == 0 and bench.same(stage, out)
+
+
+def interrupted_job(bench, stage, out, act):
+    """Exit status of `torchrun --nproc_per_node=2 --max-restarts=2` in which, after ten steps, `act` is done to it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    flags = [*bench.flags(stage), "--save-every", "10", "--out", str(out)]
+    flags += ["--resume"] if out.exists() else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(said_file(stage), "w") as file:
+        command = [*launcher, SCRIPTS[stage][0], *flags]
+        job = subprocess.Popen(command, cwd=HERE, env=environment, stdout=file, stderr=file)
+    while act and not (out / "previous.pt").exists() and job.poll() is None:
+        time.sleep(0.01)
+    if act:
+        act(job)
+    return job.wait(timeout=120)
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def restart(bench):
-    """A process killed under torchrun --nproc_per_node=2 --max-restarts=2: the job ends by itself, the same bits."""
-    for stage in SCRIPTS:
-        calm, killed = (bench.folder / f"restart-{stage}-{name}" for name in ("calm", "killed"))
-        flags = [*bench.flags(stage), "--save-every", "10"]
-        assert test_beit.torchrun(SCRIPTS[stage][0], *flags, "--out", str(calm)).returncode == 0
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        job = subprocess.Popen(
-            [*launcher, "--max-restarts=2", SCRIPTS[stage][0], *flags, "--out", str(killed)],
-            cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while not (killed / "previous.pt").exists() and job.poll() is None:  # ten steps are done
-            time.sleep(0.01)
+    """A process killed under torchrun --nproc_per_node=2 --max-restarts=2: the job ends by itself, the same bits.
+    SIGTERM to torchrun: every process stops with a checkpoint, and the job started again ends with the same bits."""
+
+    def kill_child(job):
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        status = job.wait(timeout=120)
-        a, b = weights(calm), weights(killed)
-        yield f"{stage}: status {status}", status == 0 and all(torch.equal(a[name], b[name]) for name in a)
+        os.kill(int(children[0 if stage in ("beit", "seg") else -1]), signal.SIGKILL)  # the first one has the lock
+
+    for stage in SCRIPTS:
+        calm, killed, stopped = (bench.folder / f"restart-{stage}-{name}" for name in ("calm", "killed", "stopped"))
+        assert interrupted_job(bench, stage, calm, None) == 0, bench.said(stage)
+        status = interrupted_job(bench, stage, killed, kill_child)
+        yield f"{stage}: a process killed, status {status}", status == 0 and same_weights(calm, killed)
+        interrupted_job(bench, stage, stopped, lambda job: job.terminate())
+        orderly = bench.said(stage).count("stopped by a signal") == 2
+        again = interrupted_job(bench, stage, stopped, None)
+        yield f"{stage}: SIGTERM", orderly and again == 0 and same_weights(calm, stopped)
 
 
 def full_disk(bench):
@@ -275,7 +297,7 @@ def main():
         parser.error(f"unknown experiment {', '.join(unknown)}")
     torch.set_num_threads(1)
     failed = 0
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for name in args.names or EXPERIMENTS:
             print(f"{name}: {EXPERIMENTS[name].__doc__}", flush=True)

@@ -162,14 +162,14 @@ def main(argv=None):
             seen.append(seen_i)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+        squared_error, *counts = (training.all_sum(sum(values)) for values in zip(*seen))
         if finite.allow(norm, step, lr):
             scaler.step(optimizer)
+            model.track(squared_error / args.accumulate / world, *counts)
+            if average:
+                average.update_parameters(model)
         scaler.update()
         optimizer.zero_grad()
-        squared_error, *counts = (training.all_sum(sum(values)) for values in zip(*seen))
-        model.track(squared_error / args.accumulate / world, *counts)
-        if average:
-            average.update_parameters(model)
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()

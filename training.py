@@ -175,8 +175,16 @@ def setup(device):
         torch.cuda.set_device(device)
     device = torch.device(device)
     if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun's store may outlive a restart (--max-restarts), and then holds the addresses of the processes
+            # that died (pytorch issue 167288). On one node, where all processes count alike, each start gets names of
+            # its own; torchrun of several nodes counts restarts for each node.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         # A process that waits longer than this for the others gives up: nothing hangs for ever.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        waiting = timedelta(minutes=10)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=waiting)
         return device, dist.get_rank(), dist.get_world_size()
     return device, 0, 1
 
@@ -353,12 +361,14 @@ def lock(out):
     file = open(out / "lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         owner = read_lock(out)
         raise ValueError(
             f"--out {out} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}: "
             "stop that first, or choose another folder"
         ) from error
+    except OSError:  # a file system without locks
+        pass
     file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launcher": os.getppid()}))
     file.flush()
@@ -401,14 +411,15 @@ def open_output(args, rank):
 
 
 CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before
+DAMAGED = set()  # paths of those that could not be read: never to be kept in a whole one's place
 
 
 def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
     """Write OUT/checkpoint.pt: configuration, weights and all that --resume needs, after `step` steps.
 
-    To a temporary file first, which is on the disk before it takes the name; the one before it becomes previous.pt. So
-    at every instant one of them is whole. Raises ValueError, leaving them as they are, if the disk is full or a weight
-    is not finite.
+    To a temporary file first, which is on the disk before it takes the name; the one before it stays as previous.pt.
+    So at every instant checkpoint.pt is whole. Raises ValueError, leaving both as they are, if the disk is full or a
+    weight is not finite.
     """
     newest, previous, temporary = (out / name for name in (*CHECKPOINTS, "checkpoint.tmp"))
     for name, tensor in model.state_dict().items():
@@ -426,11 +437,18 @@ def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise ValueError(
-            f"cannot write the checkpoint of step {step} to {out} ({reason}): the last one stays; make room, --resume"
+            f"cannot write the checkpoint of step {step} to {out} ({reason}): make room; the one before stays"
         ) from error
-    if newest.exists():
-        os.replace(newest, previous)
+    if newest.exists() and newest not in DAMAGED:
+        spare = out / "previous.tmp"
+        spare.unlink(missing_ok=True)
+        try:
+            os.link(newest, spare)  # a second name for it, so that it has the first until the new one takes that
+        except OSError:  # a file system without links
+            os.rename(newest, spare)
+        os.replace(spare, previous)
     os.replace(temporary, newest)
+    DAMAGED.discard(newest)
 
 
 FREE_TO_CHANGE = {"resume", "out", "data_dir", "workers", "log_every", "save_every", "accumulate", "device"}
@@ -442,6 +460,8 @@ def save_or_stop(save, step, steps, save_every, device):
     if stop or step % save_every == 0 or step == steps:
         save(step)
     if stop:
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves, and has the others ended, while the first process writes
         raise Stopped(f"stopped by a signal after step {step} of {steps}, which is saved: --resume goes on")
 
 
@@ -449,7 +469,7 @@ def resume_checkpoint(out, kind, args, model, optimizer, scaler):
     """Load OUT's newest whole checkpoint into model, optimizer and scaler; return the checkpoint.
 
     Raises ValueError if none is whole, or naming a setting that differs from the interrupted run's, except those that
-    change no result.
+    change no result but for rounding.
     """
     damage = []
     for name in CHECKPOINTS:
@@ -458,6 +478,7 @@ def resume_checkpoint(out, kind, args, model, optimizer, scaler):
             break
         except ValueError as error:
             damage.append(str(error))
+            DAMAGED.add(out / name)
     else:
         raise ValueError(f"--resume: {'; '.join(damage)}")
     if damage and not (dist.is_initialized() and dist.get_rank()):

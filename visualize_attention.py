@@ -10,8 +10,8 @@ relative bias, where the model has one), the reference patch framed, brightest =
 row,column in patches, from 0 at the top left.
 
 The paper's claim is that attention separates objects. --measure asks, on images with masks, how well the attention
-from a patch ranks the patches of its own object before all others (average precision), beside the same for
-random weights and for two rankings that need no network: nearness, and likeness of the pixels.
+from a patch on an object ranks the patches of the same class before all others (average precision), beside the same
+for random weights and for two rankings that need no network: nearness, and likeness of the pixels.
 """
 
 from pathlib import Path
@@ -76,9 +76,12 @@ def attention_row(model, x, pixels, points):
 def average_precision(scores, relevant):
     """Of ranking by scores, highest first, what is relevant: both (..., n) -> (...), NaN where nothing is.
 
-    The mean, over the relevant ones, of the share of relevant ones among those ranked no lower.
+    The mean, over the relevant ones, of the share of relevant ones among those ranked no lower. Equal scores rank in
+    the order of a fixed permutation.
     """
-    hits = relevant.gather(-1, scores.argsort(-1, descending=True)).float()
+    order = torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(0))
+    scores, relevant = scores[..., order], relevant[..., order]
+    hits = relevant.gather(-1, scores.argsort(-1, descending=True, stable=True)).float()
     precision = hits.cumsum(-1) / torch.arange(1, hits.shape[-1] + 1)
     return (precision * hits).sum(-1) / hits.sum(-1)
 
@@ -96,8 +99,10 @@ def separation(models, statistics, source, count):
     models: {name: Beit}. For every patch on an object: average precision, in percent, of ranking all other patches
     by the attention that it pays them, the patches of its own class being the relevant ones; the mean over patches.
     Larger images are cropped at a place drawn by their number. Returns {name: percent}, with nearness, pixels and
-    chance (the share of relevant patches).
+    chance (the share of relevant patches). Raises ValueError if there are no masks or no objects in them.
     """
+    if source.masks is None:
+        raise ValueError(f"{source.name} has no masks to tell objects by; shapes and fashion-scenes have them")
     config = next(iter(models.values())).config
     size, grid, patch = config.image_size, config.grid, config.patch_size
     cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
@@ -105,6 +110,8 @@ def separation(models, statistics, source, count):
     others = ~torch.eye(grid**2, dtype=torch.bool)
     for i in range(min(count, len(source))):
         image, mask = torch.from_numpy(source.read([i])), torch.from_numpy(source.read_masks([i]))  # (1, H, W, 3)
+        if min(mask.shape[1:]) < size:
+            raise ValueError(f"{source.name} {i} is smaller than the model's {size} pixels: {tuple(mask.shape[1:])}")
         rng = data.sample_rng(0, i)
         top, left = (rng.randint(0, side - size) for side in mask.shape[1:])
         image, mask = (part[:, top : top + size, left : left + size] for part in (image, mask))
@@ -120,6 +127,8 @@ def separation(models, statistics, source, count):
         for name, score in scores.items():
             found[name].append(average_precision(score[others].view(grid**2, -1)[queries], relevant))
         found["chance"].append(relevant.float().mean(1))
+    if not sum(map(len, found["chance"])):
+        raise ValueError(f"{source.name}: no object in its first {count} images is larger than a patch")
     return {name: 100 * torch.cat(values).mean().item() for name, values in found.items()}
 
 
@@ -143,8 +152,9 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="where the data set's own files are")
     parser.add_argument("--split", default="val", choices=data.SPLITS, help="part of --data")
     args = parser.parse_args(argv)
-    if not args.measure and not (args.images and args.out):
-        parser.error("give images and --out for a picture, or --measure N for a number")
+    picture = bool(args.images and args.out)
+    if (args.measure > 0) == picture or (args.measure and (args.images or args.out or args.points)):
+        parser.error("give images and --out (and --points) for a picture, or --measure N for a number")
     models, statistics = load_models(args.checkpoint)
     config = models["pre-trained"].config
     if args.measure:
