@@ -81,7 +81,7 @@ def average_precision(scores, relevant):
     """
     order = torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(0))
     scores, relevant = scores[..., order], relevant[..., order]
-    hits = relevant.gather(-1, scores.argsort(-1, descending=True, stable=True)).float()
+    hits = relevant.gather(-1, scores.argsort(dim=-1, descending=True, stable=True)).float()
     precision = hits.cumsum(-1) / torch.arange(1, hits.shape[-1] + 1)
     return (precision * hits).sum(-1) / hits.sum(-1)
 
