@@ -1,6 +1,6 @@
 """Stop it anywhere, lose nothing: kill, stop, starve and damage the four training scripts and compare the final bits.
 
-    python torture.py                      # everything, about five minutes on two cores; exit status 1 if one fails
+    python torture.py                      # everything, about nine minutes on two cores; exit status 1 if one fails
     python torture.py kill damage          # some of it
 
 Every experiment trains a small model to the end without interference, then again with it, and compares the weights.
