@@ -136,22 +136,29 @@ def workers(bench):
 
 
 def processes(bench):
-    """1, 2 and 4 processes over the same global batch: weights within 1e-6 after 20 steps."""
+    """1, 2 and 4 processes over the same global batch, and 2 that resume the half of one: weights within 1e-6 after
+    20 steps."""
     for stage in SCRIPTS:
-        half = ["--steps", "20"] if "--steps" in LENGTH[stage] else ["--epochs", "5"]
-        flags = [*bench.flags(stage), *half, "--lr", "1e-4", "--save-every", "100"]
+        more = ["--steps", "20"] if "--steps" in LENGTH[stage] else ["--epochs", "5"]
+        more += ["--lr", "1e-4", "--save-every", "100"]
         if stage == "tokenizer":  # else it has biases without an effect, which AdamW moves by their rounding errors
-            flags.append("--no-normalise-logits")
-        found = {}
+            more.append("--no-normalise-logits")
+        flags, found = [*bench.flags(stage), *more], {}
         for count in (1, 2, 4):
             out = bench.folder / f"processes-{stage}-{count}"
-            more = ["--accumulate", "2"] if count == 2 else []
-            done = test_beit.torchrun(SCRIPTS[stage][0], *flags, *more, "--out", str(out), processes=count)
+            passes = ["--accumulate", "2"] if count == 2 else []
+            done = test_beit.torchrun(SCRIPTS[stage][0], *flags, *passes, "--out", str(out), processes=count)
             assert done.returncode == 0, done.stderr
-            found[count] = weights(out)
-        for count in (2, 4):
-            gap = max((found[count][name] - found[1][name]).abs().max().item() for name in found[1])
-            yield f"{stage}: {count} processes, largest difference {gap:.1e}", gap <= 1e-6
+            found[f"{count} processes"] = weights(out)
+        out = bench.folder / f"processes-{stage}-resumed"
+        assert bench.run(stage, out, *more, hook=at_call(training, "stop_asked", 10, terminate)) == training.STOPPED
+        done = test_beit.torchrun(SCRIPTS[stage][0], *flags, "--resume", "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        found["1 process, then 2"] = weights(out)
+        one = found.pop("1 processes")
+        for name, theirs in found.items():
+            gap = max((theirs[key] - one[key]).abs().max().item() for key in one)
+            yield f"{stage}: {name}, largest difference {gap:.1e}", gap <= 1e-6
 
 
 def at_call(module, name, number, act):
@@ -205,7 +212,7 @@ def interrupted_job(bench, stage, out, act):
         time.sleep(0.01)
     if act:
         act(job)
-    return job.wait(timeout=120)
+    return job.wait(timeout=300)
 
 
 def same_weights(a, b):
@@ -277,7 +284,7 @@ def damage(bench):
 def locked(bench):
     """A second start in an --out that is in use is refused and names the process."""
     out = bench.folder / "locked"
-    first = bench.start("cls", out)
+    first = bench.start("cls", out, hook=at_call(training, "stop_asked", 5, lambda: time.sleep(8)))
     while not (out / "checkpoint.pt").exists():
         time.sleep(0.005)
     status, said = bench.run("cls", out), bench.said("cls")
