@@ -582,10 +582,11 @@ def machine():
 def save_results(runner, tables):
     """Add the tables to OUT/results.json, with each finished stage's seconds, the claims and the machine."""
     path = runner.out / "results.json"
-    saved = json.loads(path.read_text()) if path.exists() else {"tables": {}}
+    saved = json.loads(path.read_text()) if path.exists() else {"tables": {}, "stages": {}}
     finished = {p.stem: json.loads(p.read_text()) for p in sorted(runner.out.glob("*.json")) if p != path}
     stages = {name: {key: done[key] for key in ("seconds", "threads", "resumed")} for name, done in finished.items()}
-    saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__), "stages": stages}
+    saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__)}
+    saved["stages"] |= stages
     saved["tables"] |= tables
     if (claims := verdicts(saved["tables"]))["rows"]:
         saved["tables"]["claims"] = claims
