@@ -194,6 +194,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         super().__init__(channels, affine=False)
 
     def forward(self, x):
+        """(B, C, h, w) -> the same, each channel with mean 0 and variance 1 over the global batch (or as tracked)."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
 

@@ -107,6 +107,15 @@ def draw_pictures(out, model, held_out):
     training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
 
 
+def exponential_noise(args, config, count, step, part, device):
+    """Exp(1) noise for the Gumbel-softmax of the `part`-th `count` images of a step: (count, h, w, |V|); VQ: None."""
+    if config.quantizer == "vq":
+        return None
+    tokens = args.image_size // config.downsampling
+    shape = tokens, tokens, config.vocab_size
+    return training.sample_noise("exponential", shape, count, args.seed, step, part, device)
+
+
 def main(argv=None):
     args = training.parse_recipe(training.recipe_parser(__doc__, RECIPES), RECIPES, argv)
     device, rank, world = training.setup(args.device)
@@ -136,8 +145,6 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
-    tokens = args.image_size // model.config.downsampling
-    noise_shape = tokens, tokens, args.vocab_size
     log = training.Log(out, rank, args.steps, step)
     batches = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
     for (images,) in batches:
@@ -150,10 +157,7 @@ def main(argv=None):
             model.revive_codes(x.chunk(args.accumulate), rank, world, training.seed_for(args.seed, step))
         total, seen = 0.0, []
         for i, part in enumerate(x.chunk(args.accumulate)):
-            e = None
-            if args.quantizer == "gumbel":  # pass i has the places from rank * accumulate + i parts on
-                place = rank * args.accumulate + i
-                e = training.sample_noise("exponential", noise_shape, len(part), args.seed, step, place, device)
+            e = exponential_noise(args, model.config, len(part), step, rank * args.accumulate + i, device)
             with training.sync_only_if(train_model, i == args.accumulate - 1):
                 with autocast():
                     loss, terms, seen_i = train_model(part, tau, beta, e)

@@ -344,9 +344,11 @@ LOCKS = []  # open lock files: closing one would give the lock back
 
 
 def read_lock(out):
-    """Who has, or had, OUT/lock: {"pid", "host", "launcher"}; empty if nobody."""
-    path = out / "lock"
-    return json.loads(path.read_text() or "{}") if path.is_file() else {}
+    """Who has, or had, OUT/lock: {"pid", "host", "launcher"}; empty if nobody, or if it died while writing that."""
+    try:
+        return json.loads((out / "lock").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
 
 
 def lock(out):
