@@ -153,8 +153,8 @@ class Attention(nn.Module):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
-    def forward(self, x, bias):
-        """x (B, N+1, D), bias (heads, N+1, N+1) or None -> (B, N+1, D)."""
+    def forward(self, x, bias, where=None):
+        """x (B, N+1, D), bias (heads, N+1, N+1) or None -> (B, N+1, D), or its rows x[where] alone: (n, D)."""
         q, k, v = self.project(x)
         if bias is not None:
             bias = bias.to(q.dtype)
@@ -162,7 +162,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:  # on CPUs the plain products are faster in bf16: SDPA's backward is slow there
             out = self.weights(q, k, bias) @ v
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, N+1, D)
+        out = out.transpose(1, 2).flatten(2)  # (B, N+1, D)
+        return self.proj(out if where is None else out[where])
 
 
 class MLP(nn.Module):
@@ -178,14 +179,12 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def drop_path(branch, probability, u):
-    """Stochastic depth: drop the whole residual branch of samples with u < probability, scale up those that stay.
+def drop_path(u, probability):
+    """Stochastic depth, as a factor for a sample's residual branch; u: uniform numbers, one for each branch.
 
-    branch (B, N+1, D); u: uniform numbers (B,), or None to drop nothing.
+    0, which drops the branch, where u < probability, and 1 / (1 - probability) for those that stay.
     """
-    if probability == 0 or u is None:
-        return branch
-    return branch * (u >= probability)[:, None, None] / (1 - probability)
+    return (u >= probability) / (1 - probability)
 
 
 class Block(nn.Module):
@@ -203,15 +202,25 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def residual(self, x, branch, gamma, u):
-        """x plus the branch, scaled by LayerScale and dropped by stochastic depth."""
-        branch = branch if gamma is None else gamma * branch
-        return x + drop_path(branch, self.drop_path_rate, u)
+    def residual(self, x, branch, gamma, keep):
+        """x plus the branch, times LayerScale's gamma (D,) and stochastic depth's factor (B, 1, 1); None: without."""
+        scale = keep if gamma is None else gamma if keep is None else keep * gamma  # one pass over the branch, not two
+        return x + (branch if scale is None else branch * scale)
 
-    def forward(self, x, bias, u=(None, None)):
-        """x (B, N+1, D), bias as in Attention, u: uniform numbers (B,) for each of the two branches -> (B, N+1, D)."""
-        x = self.residual(x, self.attn(self.norm1(x), bias), self.gamma_1, u[0])
-        return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2, u[1])
+    def forward(self, x, bias, u=None, where=None):
+        """x (B, N+1, D), bias as in Attention -> (B, N+1, D).
+
+        u: uniform numbers (B, 2), one for each branch, for stochastic depth; None: nothing is dropped. where: indices
+        (images, tokens), each (n,): only these rows are made, (n, D), which after attention need no others.
+        """
+        keep = None, None
+        if u is not None and self.drop_path_rate > 0:
+            keep = drop_path(u, self.drop_path_rate)[:, None].split(1, dim=-1)  # twice (B, 1, 1)
+        branch = self.attn(self.norm1(x), bias, where)
+        if where is not None:
+            x, keep = x[where], [None if k is None else k[where[0], 0] for k in keep]
+        x = self.residual(x, branch, self.gamma_1, keep[0])
+        return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2, keep[1])
 
 
 # ---------------------------------------------------------------- the backbone
@@ -290,14 +299,15 @@ class Beit(nn.Module):
                 bias = relative_bias(block.attn.relative_position_bias_table, self.relative_position_index)
             yield None if self.config.positions == "absolute" else bias
 
-    def forward(self, x, mask=None, u=None):
+    def forward(self, x, mask=None, u=None, where=None):
         """H^L, before the head's norm: (B, 3, H, W), mask (B, N) bool or None -> (B, N+1, D).
 
         u: uniform numbers (B, L, 2) that decide which branches stochastic depth drops; None: nothing is dropped.
+        where: indices (images, tokens), each (n,): only h^L of these is wanted, (n, D), and block L spares the rest.
         """
         H = self.embed(x, mask)
-        for l, (block, bias) in enumerate(zip(self.blocks, self.biases())):
-            H = block(H, bias) if u is None else block(H, bias, u[:, l].unbind(1))
+        for l, (block, bias) in enumerate(zip(self.blocks, self.biases()), start=1):
+            H = block(H, bias, None if u is None else u[:, l - 1], where if l == len(self.blocks) else None)
         return H
 
     @torch.no_grad()

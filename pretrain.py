@@ -88,7 +88,8 @@ class BeitForMaskedImageModeling(Beit):
 
         where: bool (B, N), positions to predict in place of the masked ones. u: stochastic depth's, see Beit.forward.
         """
-        h = super().forward(x, mask, u)[:, 1:][mask if where is None else where]  # h_i^L, i in M: (|M|, D)
+        image, i = (mask if where is None else where).nonzero(as_tuple=True)
+        h = super().forward(x, mask, u, (image, i + 1))  # h_i^L, i in M, after e_[S]: (|M|, D)
         return self.lm_head(self.norm(h))
 
 

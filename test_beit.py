@@ -317,17 +317,37 @@ def test_initialisation():
 
 def test_stochastic_depth_keeps_the_mean():
     torch.manual_seed(0)
-    branch = torch.ones(20_000, 1, 1)
-    dropped = beit.drop_path(branch, 0.25, torch.rand(20_000))
-    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(beit.drop_path(branch, 0.25, None), branch)
+    factor = beit.drop_path(torch.rand(20_000), 0.25)
+    assert factor.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert factor.mean().item() == pytest.approx(1, abs=0.02)
     model = beit.Beit(tiny_config(drop_path=0.5))  # rates 0 and 0.5
     x, u = torch.randn(2, 3, 8, 8), torch.zeros(2, 2, 2)
     u[0] = 1  # the first sample keeps all its branches, scaled up; the second loses those of the second block
     one = model.blocks[0](model.embed(x), None)
     kept, lost = model(x, u=u)
     assert torch.allclose(lost, one[1], atol=1e-6) and not torch.allclose(kept, one[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+def test_the_last_block_at_some_positions_alone(positions, layer_scale):
+    """Beit.forward(where=...) is the plain forward's rows, in value and in gradient; images may want 0 or all."""
+    torch.manual_seed(0)
+    model = beit.Beit(tiny_config(positions=positions, layer_scale=layer_scale, drop_path=0.5), mask_embedding=True)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, u, mask = torch.randn(3, 3, 8, 8), torch.rand(3, 2, 2), torch.rand(3, 16) < 0.4
+    u[0] = 1  # keeps its branches
+    mask[1], mask[2] = False, True
+    image, i = mask.nonzero(as_tuple=True)
+    results = []
+    for plain in (True, False):
+        model.zero_grad()
+        h = model(x, mask, u)[:, 1:][mask] if plain else model(x, mask, u, (image, i + 1))
+        h.sin().sum().backward()
+        results.append([h.detach()] + [p.grad for p in model.parameters()])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_noise_is_a_function_of_the_place_in_the_global_batch():
@@ -660,7 +680,7 @@ def test_last_attention_is_what_the_last_block_uses():
     seen = []
     model.blocks[-1].attn.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
     beit.Beit.forward(model, x)
-    (h, _), out = seen[0]
+    (h, *_), out = seen[0]
     last = model.blocks[-1].attn
     assert torch.allclose(out, last.proj((weights @ last.project(h)[2]).transpose(1, 2).flatten(2)), atol=1e-5)
 
