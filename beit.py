@@ -14,6 +14,7 @@ what they are for: pretrain.py (masked image modeling), finetune_cls.py, finetun
 Images are float tensors (B, 3, H, W), normalised. A mask is bool, True = masked.
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass, replace
 
@@ -21,9 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import training
 
+RECOMPUTE = "less memory: keep only what goes into each block, and compute the block again in the backward pass"
 STD = 0.02  # of the truncated normal that initialises every matrix (appendix)
 
 
@@ -247,6 +250,7 @@ class Beit(nn.Module):
     def __init__(self, config, mask_embedding=False):
         super().__init__()
         self.config = config
+        self.recompute = False  # see RECOMPUTE; for large models and images
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))  # e_[S]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if mask_embedding else None  # e_[M]
@@ -307,7 +311,8 @@ class Beit(nn.Module):
         """
         H = self.embed(x, mask)
         for l, (block, bias) in enumerate(zip(self.blocks, self.biases()), start=1):
-            H = block(H, bias, None if u is None else u[:, l - 1], where if l == len(self.blocks) else None)
+            run = functools.partial(checkpoint, block, use_reentrant=False) if self.recompute else block
+            H = run(H, bias, None if u is None else u[:, l - 1], where if l == len(self.blocks) else None)
         return H
 
     @torch.no_grad()

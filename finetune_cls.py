@@ -22,7 +22,16 @@ from torch import nn
 
 import data
 import training
-from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, load_pretrained, parameter_groups
+from beit import (
+    RECOMPUTE,
+    Beit,
+    BeitConfig,
+    finetuned_config,
+    init_weight,
+    load_backbone,
+    load_pretrained,
+    parameter_groups,
+)
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
@@ -282,6 +291,7 @@ def main(argv=None):
     parser.add_argument("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
     parser.add_argument("--linear-probe", action="store_true", help="freeze the backbone, train norm and head only")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
+    parser.add_argument("--recompute", action="store_true", help=RECOMPUTE)
     args = training.parse_recipe(parser, RECIPES, argv)
     if args.eval and args.init == "random":
         parser.error("--eval needs --init CHECKPOINT: there is nothing to evaluate in random weights")
@@ -292,6 +302,7 @@ def main(argv=None):
         result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
         training.Log(None, rank, 0).final(**result)
         return
+    model.recompute = args.recompute
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
@@ -307,16 +318,17 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
+    clock = training.Clock(args.benchmark, device)
     log = training.Log(out, rank, steps, step)
-    for images, labels in data.train_batches(
-        train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device
-    ):
+    loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device)
+    for images, labels in clock.batches(loader):
         lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
         training.set_lr(optimizer, lr)
         x = data.normalise(data.to_float(images, device), statistics)
         targets = F.one_hot(labels.to(device), model.head.out_features).float()  # (B, C)
         x, targets = mix(x, targets, args.mixup, args.cutmix, data.sample_rng(args.seed, step, "mix"))
         u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
+        clock.mark("data")
         total = 0.0
         parts = [t.chunk(args.accumulate) for t in (x, targets, u)]
         for i, (x_i, targets_i, u_i) in enumerate(zip(*parts), start=1):
@@ -324,7 +336,9 @@ def main(argv=None):
                 with autocast():
                     logits = train_model(x_i, u_i)  # (B, C)
                 loss = F.cross_entropy(logits.float(), targets_i, label_smoothing=args.smoothing) / args.accumulate
+                clock.mark("forward")
                 scaler.scale(loss).backward()
+                clock.mark("backward")
             total += loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
@@ -332,6 +346,7 @@ def main(argv=None):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        clock.mark("optimiser")
         step += 1
         if step % args.log_every == 0 or step == steps:
             loss = (training.all_sum(total) / world).item()
@@ -340,6 +355,9 @@ def main(argv=None):
         training.save_or_stop(save, step, steps, args.save_every, device)
         if step % args.save_every == 0 and step < steps:
             log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
+    if args.benchmark:
+        clock.report(args.batch_size, autocast, rank)
+        return
     result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
     log.final(**result)
     if rank == 0:

@@ -19,7 +19,16 @@ from torch import nn
 
 import data
 import training
-from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, load_pretrained, parameter_groups
+from beit import (
+    RECOMPUTE,
+    Beit,
+    BeitConfig,
+    finetuned_config,
+    init_weight,
+    load_backbone,
+    load_pretrained,
+    parameter_groups,
+)
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base is the paper's appendix, for ADE20K.
@@ -276,6 +285,7 @@ def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
     parser.add_argument("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
     parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
+    parser.add_argument("--recompute", action="store_true", help=RECOMPUTE)
     args = training.parse_recipe(parser, RECIPES, argv)
     if args.eval and args.init == "random":
         parser.error("--eval needs --init CHECKPOINT: there is nothing to evaluate in random weights")
@@ -286,6 +296,7 @@ def main(argv=None):
         result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
         training.Log(None, rank, 0).final(**result)
         return
+    model.recompute = args.recompute
     batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     data.steps_per_epoch(len(train_set), args.batch_size)  # refuses a batch larger than the set
@@ -301,10 +312,10 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
+    clock = training.Clock(args.benchmark, device)
     log = training.Log(out, rank, args.steps, step)
-    for images, masks in data.train_batches(
-        train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device
-    ):
+    loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
+    for images, masks in clock.batches(loader):
         lr = training.warmup_linear(step, args.steps, args.warmup_steps, args.lr)
         training.set_lr(optimizer, lr)
         x = data.normalise(data.to_float(images, device), statistics)
@@ -312,6 +323,7 @@ def main(argv=None):
         u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
         # The mean over all counted pixels of the global batch; times `world` because DDP averages over processes.
         count = training.all_sum((masks != data.IGNORE).sum()).clamp_min(1) / world
+        clock.mark("data")
         total = 0.0
         parts = [t.chunk(args.accumulate) for t in (x, masks, u)]
         for i, (x_i, masks_i, u_i) in enumerate(zip(*parts), start=1):
@@ -319,7 +331,9 @@ def main(argv=None):
                 with autocast():
                     logits = train_model(x_i, u_i).float()  # (B, C, H, W)
                 loss = F.cross_entropy(logits, masks_i, ignore_index=data.IGNORE, reduction="sum") / count
+                clock.mark("forward")
                 scaler.scale(loss).backward()
+                clock.mark("backward")
             total += loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
@@ -327,6 +341,7 @@ def main(argv=None):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        clock.mark("optimiser")
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()
@@ -335,6 +350,9 @@ def main(argv=None):
         training.save_or_stop(save, step, args.steps, args.save_every, device)
         if step % args.save_every == 0 and step < args.steps:
             log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
+    if args.benchmark:
+        clock.report(args.batch_size, autocast, rank)
+        return
     result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
     log.final(**result)
     if rank == 0:

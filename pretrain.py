@@ -33,7 +33,7 @@ from torch import nn
 
 import data
 import training
-from beit import STD, Beit, init_weight, model_config, parameter_groups
+from beit import RECOMPUTE, STD, Beit, init_weight, model_config, parameter_groups
 from dvae import load_tokenizer
 from masking import make_mask
 
@@ -248,6 +248,7 @@ def datasets(args, grid):
 def main(argv=None):
     parser = training.recipe_parser(__doc__, RECIPES)
     parser.add_argument("--tokenizer", help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER; not with pixels")
+    parser.add_argument("--recompute", action="store_true", help=RECOMPUTE)
     args = training.parse_recipe(parser, RECIPES, argv)
     if args.target in TARGETS and (args.tokenizer is None) == (args.target == "tokens"):
         parser.error(f"--target {args.target} {'needs' if args.tokenizer is None else 'has no use for'} --tokenizer")
@@ -257,6 +258,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer).to(device) if args.tokenizer else None
     torch.manual_seed(args.seed)
     model = build(args, tokenizer).to(device)
+    model.recompute = args.recompute
     train_set, held_out = datasets(args, model.config.grid)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
@@ -271,8 +273,10 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
+    clock = training.Clock(args.benchmark, device)
     log = training.Log(out, rank, steps, step)
-    for batch in data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device):
+    loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device)
+    for batch in clock.batches(loader):
         lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
         training.set_lr(optimizer, lr)
         x, pixels, mask = two_views(batch, device, args.normalise)
@@ -281,15 +285,19 @@ def main(argv=None):
         # Eq. 1 as a mean over all masked tokens of the global batch: masks differ in size, so the sum is divided
         # by the count over all processes and passes; times `world` because DDP averages over processes.
         count = training.all_sum(where.sum()).clamp_min(1) / world
+        clock.mark("data")
         total = 0.0
         parts = [t.chunk(args.accumulate) for t in (x, pixels, mask, where, u)]
         for i, (x_i, pixels_i, mask_i, where_i, u_i) in enumerate(zip(*parts), start=1):
             with training.sync_only_if(train_model, i == args.accumulate):
                 with autocast():
                     z_i = recovery_targets(args.target, x_i, pixels_i, tokenizer, model.config.patch_size)  # (B, N)
+                    clock.mark("tokenizer")
                     prediction = train_model(x_i, mask_i, where_i, u_i)  # (|M|, |V|)
                 loss = recovery_loss(prediction.float(), z_i[where_i]) / count
+                clock.mark("forward")
                 scaler.scale(loss).backward()
+                clock.mark("backward")
             total += loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
@@ -297,6 +305,7 @@ def main(argv=None):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        clock.mark("optimiser")
         step += 1
         if step % args.log_every == 0 or step == steps:
             loss = (training.all_sum(total) / world).item()
@@ -305,6 +314,9 @@ def main(argv=None):
         training.save_or_stop(save, step, steps, args.save_every, device)
         if step % args.save_every == 0 and step < steps:
             log.write(step=step, **evaluate(model, tokenizer, held_out, args, device, rank, world, autocast))
+    if args.benchmark:
+        clock.report(args.batch_size, autocast, rank)
+        return
     result = evaluate(model, tokenizer, held_out, args, device, rank, world, autocast)
     log.final(**result)
     if rank == 0:

@@ -1109,6 +1109,43 @@ def test_script_writes_its_result_checkpoint_and_pictures(stage, made):
         assert (made / stage / name).stat().st_size > 100
 
 
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_benchmark_times_every_part_and_writes_nothing(stage, arrays, made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    MODULES[stage].main([*script_flags(stage, arrays, made), "--benchmark", "2", "--accumulate", "2"])
+    printed = capsys.readouterr().out
+    for phase in training.Clock.PHASES:
+        (line,) = (line for line in printed.splitlines() if line.startswith(phase))
+        times = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)(?=,|$)", line)}
+        assert set(times) >= {"data", "forward", "backward", "optimiser"}
+        assert ("tokenizer" in times) == (stage == "beit")
+        assert all(value >= 0 for value in times.values()) and times["backward"] > 0
+    assert float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) > 0.05
+    assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_counts_what_a_step_multiplies(capsys):
+    """A step of one linear layer, forward and the weight's gradient: 2 products of 2 B n m each."""
+    clock, layer = training.Clock(1, torch.device("cpu")), nn.Linear(5, 7, bias=False)
+    for x in clock.batches(iter([torch.randn(3, 5)] * 9)):
+        layer(x).sum().backward()
+        clock.mark("all")
+    assert clock.flop == 2 * (2 * 3 * 5 * 7)
+    assert [len(clock.seconds[phase]) for phase in clock.PHASES] == [1, 1]
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
+def test_recomputed_blocks_give_the_same_gradients(positions):
+    model = tiny_mim(positions=positions, drop_path=0.5)
+    x, mask, u = torch.randn(2, 3, 8, 8), torch.rand(2, 16) < 0.4, torch.rand(2, 2, 2)
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(x, mask, u=u).sin().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def weights(folder):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     state = state["model"] | {f"average {name}": value for name, value in state.get("average", {}).items()}

@@ -145,9 +145,10 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
+    clock = training.Clock(args.benchmark, device)
     log = training.Log(out, rank, args.steps, step)
-    batches = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
-    for (images,) in batches:
+    loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
+    for (images,) in clock.batches(loader):
         lr = training.warmup_cosine(step, args.steps, args.warmup_steps, args.lr, args.min_lr)
         tau = training.cosine(step, args.tau_steps, 1.0, args.tau)
         beta = training.ramp(step, args.beta_steps, args.beta)
@@ -155,13 +156,16 @@ def main(argv=None):
         x = data.to_float(images, device)
         if args.quantizer == "vq" and step % 50 == 0:
             model.revive_codes(x.chunk(args.accumulate), rank, world, training.seed_for(args.seed, step))
+        clock.mark("data")
         total, seen = 0.0, []
         for i, part in enumerate(x.chunk(args.accumulate)):
             e = exponential_noise(args, model.config, len(part), step, rank * args.accumulate + i, device)
             with training.sync_only_if(train_model, i == args.accumulate - 1):
                 with autocast():
                     loss, terms, seen_i = train_model(part, tau, beta, e)
+                clock.mark("forward")
                 scaler.scale(loss / args.accumulate).backward()
+                clock.mark("backward")
             total += loss.detach() / args.accumulate
             seen.append(seen_i)
         scaler.unscale_(optimizer)
@@ -174,6 +178,7 @@ def main(argv=None):
                 average.update_parameters(model)
         scaler.update()
         optimizer.zero_grad()
+        clock.mark("optimiser")
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             loss = (training.all_sum(total) / world).item()
@@ -183,6 +188,9 @@ def main(argv=None):
         training.save_or_stop(save, step, args.steps, args.save_every, device)
         if step % args.save_every == 0 and step < args.steps:
             log.write(step=step, **evaluate(evaluated, held_out, args, device, rank, world, autocast))
+    if args.benchmark:
+        clock.report(args.batch_size, autocast, rank)
+        return
     result = evaluate(evaluated, held_out, args, device, rank, world, autocast)
     log.final(**result)
     if rank == 0:

@@ -5,14 +5,17 @@ logs and PNG pictures. No component of the paper and no training loop is in here
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import signal
 import socket
+import statistics
 import struct
 import sys
 import time
@@ -25,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 COLUMNS = ("demo", "fashion", "base", "large")
 
@@ -72,6 +76,7 @@ def recipe_parser(description, recipes):
     group.add_argument("--accumulate", type=int, default=1, help="split each process's batch into so many passes")
     group.add_argument("--workers", type=int, default=0, help="loader processes; raise it to decode image files")
     group.add_argument("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
+    group.add_argument("--benchmark", type=int, metavar="STEPS", help="time so many steps and stop; writes nothing")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines of the log")
     return parser
 
@@ -81,9 +86,11 @@ def parse_recipe(parser, recipes, argv=None):
     args = parser.parse_args(argv)
     if args.recipe not in COLUMNS:
         parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
-    if args.out is None and not getattr(args, "eval", False):
+    if args.out is None and not getattr(args, "eval", False) and args.benchmark is None:
         parser.error("--out is needed: a new folder for what the run makes")
-    for name in ("steps", "batch_size", "accumulate", "eval_images", "save_every", "log_every"):
+    if args.benchmark and (args.out or args.resume):
+        parser.error("--benchmark writes nothing and resumes nothing: leave out --out and --resume")
+    for name in ("steps", "batch_size", "accumulate", "eval_images", "save_every", "log_every", "benchmark"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for name, row in recipes.items():
@@ -93,6 +100,8 @@ def parse_recipe(parser, recipes, argv=None):
             parser.error(f"recipe {args.recipe!r} needs --{name.replace('_', '-')}: {row[-1]}")
     if getattr(args, "warmup_steps", 0) >= getattr(args, "steps", 1):
         parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}")
+    if args.benchmark:
+        args.save_every = args.log_every = sys.maxsize
     return args
 
 
@@ -253,7 +262,7 @@ class FiniteSteps:
         if self.in_a_row == self.LIMIT:
             raise ValueError(
                 f"the gradient was not finite in {self.LIMIT} steps in a row, the last one step {step} at learning "
-                f"rate {lr:.3g}: lower --lr; {self.out / CHECKPOINTS[0]} is the last good checkpoint"
+                f"rate {lr:.3g}: lower --lr; {CHECKPOINTS[0]} in {self.out} is the last good checkpoint"
             )
         return False
 
@@ -336,6 +345,101 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["lr_scale"]
 
 
+# ---------------------------------------------------------------- --benchmark: where a step's time goes
+
+
+def matmul_rate(device, autocast, side=2048, repeats=9):
+    """FLOP/s of large matrix products on the device in autocast's precision, the median of `repeats`."""
+    a = torch.randn(side, side, device=device)
+    seconds = []
+    with autocast():
+        a = (a @ a).to(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else a.dtype)
+        for _ in range(repeats):
+            synchronise(device)
+            start = time.perf_counter()
+            torch.mm(a, a)
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def synchronise(device):
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """Bytes: the most that tensors took on a GPU, or the most that the process had on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Clock:
+    """Times the parts of a training step for --benchmark. Otherwise it gives out the loader's batches, nothing else.
+
+    The loop marks the end of each part. PHASES: the same batch again and again, which is in memory, then new ones.
+    """
+
+    PHASES, WARM_UP = ("data in memory", "real data"), 3
+
+    def __init__(self, steps, device):
+        self.steps, self.device = steps, device
+        self.seconds = {phase: [] for phase in self.PHASES}  # of each step: {part: seconds}
+        self.now, self.record, self.flop = 0.0, collections.defaultdict(float), 0
+
+    def batches(self, loader):
+        """The batches to train on: with --benchmark WARM_UP times the first, then `steps` for each phase."""
+        if not self.steps:
+            yield from loader
+            return
+        loader = iter(loader)
+        first = next(loader)
+        with FlopCounterMode(display=False) as counter:
+            yield first
+        self.flop = counter.get_total_flops()
+        yield from itertools.repeat(first, self.WARM_UP - 1)
+        for phase, source in zip(self.PHASES, (itertools.repeat(first), loader)):
+            for _ in range(self.steps):
+                self.record, self.now = collections.defaultdict(float), time.perf_counter()
+                if (batch := next(source, None)) is None:
+                    raise ValueError(f"--benchmark {self.steps} takes more steps than the run has: lower it")
+                yield batch
+                self.seconds[phase].append(self.record)
+
+    def mark(self, part):
+        """A part of the step ends here; several of one name in a step are added up."""
+        if self.steps:
+            synchronise(self.device)
+            before, self.now = self.now, time.perf_counter()
+            self.record[part] += self.now - before
+
+    def report(self, images, autocast, rank):
+        """Print images/s, milliseconds by part, the share of the matrix-product rate, and the peak memory."""
+        memory = peak_memory(self.device) / 2**30
+        rate = matmul_rate(self.device, autocast)
+        if rank:
+            return
+        with autocast():
+            on = torch.is_autocast_enabled(self.device.type)
+            dtype = torch.get_autocast_dtype(self.device.type) if on else torch.float32
+        where = f"{torch.get_num_threads()} threads" if self.device.type == "cpu" else torch.cuda.get_device_name()
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        print(f"{processes} x {where}, {str(dtype).removeprefix('torch.')}, {images} images a step")
+        print(f"medians of {self.steps} steps after {self.WARM_UP}, in milliseconds")
+        for phase, steps in self.seconds.items():
+            step = statistics.median(sum(record.values()) for record in steps)
+            parts = (f"{p} {1e3 * statistics.median(record[p] for record in steps):.1f}" for p in steps[0])
+            print(f"{phase}: {images / step:.1f} images/s, step {1e3 * step:.1f}: {', '.join(parts)}")
+            speed = self.flop / step
+            print(f"    {speed / 1e9:.0f} GFLOP/s, {speed / rate:.0%} of {rate / 1e9:.0f}, the matrix products' rate")
+        print(f"peak memory {memory:.2f} GiB")
+
+
 # ---------------------------------------------------------------- output folder, checkpoints
 
 
@@ -396,7 +500,12 @@ def claim_output(args):
 
 
 def open_output(args, rank):
-    """The folder OUT, made, locked and checked by the first process (see claim_output); all raise its ValueError."""
+    """The folder OUT, made, locked and checked by the first process (see claim_output); all raise its ValueError.
+
+    None with --benchmark: nothing is to be written.
+    """
+    if args.benchmark:
+        return None
     verdict = [None, args.resume]
     if rank == 0:
         try:
@@ -421,8 +530,10 @@ def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
 
     To a temporary file first, which is on the disk before it takes the name; the one before it stays as previous.pt.
     So at every instant checkpoint.pt is whole. Raises ValueError, leaving both as they are, if the disk is full or a
-    weight is not finite.
+    weight is not finite. Without OUT (--benchmark) it does nothing.
     """
+    if out is None:
+        return
     newest, previous, temporary = (out / name for name in (*CHECKPOINTS, "checkpoint.tmp"))
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -453,7 +564,9 @@ def save_checkpoint(out, kind, args, step, model, optimizer, scaler, **more):
     DAMAGED.discard(newest)
 
 
-FREE_TO_CHANGE = {"resume", "out", "data_dir", "workers", "log_every", "save_every", "accumulate", "device"}
+FREE_TO_CHANGE = {
+    "resume", "out", "data_dir", "workers", "log_every", "save_every", "accumulate", "device", "recompute", "benchmark",
+}  # fmt: skip
 
 
 def save_or_stop(save, step, steps, save_every, device):
