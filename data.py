@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 import training
@@ -490,48 +491,6 @@ def fashion_scenes(split, data_dir):
     return Arrays(f"fashion-scenes {split}", images, masks=masks, mask_classes=["background", *FASHION_CLASSES])
 
 
-# ---------------------------------------------------------------- resampling: crop and resize in one
-
-
-def cubic(t):
-    """Pillow's bicubic kernel (a = -1/2), zero beyond ±2."""
-    t = t.abs()
-    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-    return torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-
-
-def lanczos(t):
-    """sinc(t) sinc(t/3), zero beyond ±3."""
-    return torch.where(t.abs() < 3, torch.sinc(t) * torch.sinc(t / 3), 0.0)
-
-
-FILTERS = {"bicubic": cubic, "lanczos": lanczos}
-
-
-def resample_matrix(start, length, size_in, size_out, kernel):
-    """Weights of each input pixel in each output pixel along one axis: (B, size_out, size_in).
-
-    Output pixel o of the interval [start, start + length), both (B,), is an average of the inputs around
-    its centre, weighted by the kernel; when shrinking, the kernel is stretched so that nothing aliases.
-    """
-    scale = (length / size_out)[:, None]  # (B, 1) input pixels per output pixel
-    centres = start[:, None] + (torch.arange(size_out) + 0.5) * scale  # (B, out)
-    distance = (torch.arange(size_in) + 0.5 - centres[..., None]) / scale.clamp_min(1)[..., None]
-    weights = kernel(distance)  # (B, out, in)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def crop_resize(images, boxes, size, kernel):
-    """Resize the box (top, left, height, width) of each image to size x size: separable, antialiased.
-
-    images float (B, 3, H, W), boxes float (B, 4) in pixels -> (B, 3, size, size), not clipped.
-    """
-    top, left, height, width = boxes.unbind(1)
-    rows = resample_matrix(top, height, images.shape[2], size, kernel)
-    columns = resample_matrix(left, width, images.shape[3], size, kernel)
-    return rows[:, None] @ images @ columns[:, None].transpose(2, 3)
-
-
 # ---------------------------------------------------------------- random crop, flip and colour jitter
 
 
@@ -558,8 +517,17 @@ def centre_box(height, width, share):
     """The box that evaluation sees: a centred square of `share` of the short side; the whole image if 1."""
     if share >= 1:
         return 0, 0, height, width
-    side = share * min(height, width)
-    return (height - side) / 2, (width - side) / 2, side, side
+    side = round(share * min(height, width))
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def crop_resize(images, boxes, size, kernel):
+    """The box (top, left, height, width) of each image, resized to size x size as Pillow does, antialiased.
+
+    images uint8 (B, 3, H, W), boxes of whole pixels; kernel: "bicubic" or "lanczos" -> uint8 (B, 3, size, size).
+    """
+    crops = (images[i : i + 1, :, t : t + h, l : l + w] for i, (t, l, h, w) in enumerate(boxes))
+    return torch.cat([F.interpolate(crop, (size, size), mode=kernel, antialias=True) for crop in crops])
 
 
 def grey(images):
@@ -638,18 +606,16 @@ class Crops(Samples):
         readers = [self.source.read] + [self.source.read_labels] * self.labels
         images, *labels = self.read([index for _, index in keys], *readers)
         height, width = images.shape[1:3]
-        boxes, flips, factors = (torch.tensor(d) for d in zip(*(self.draw(k, height, width) for k in keys)))
+        boxes, flips, factors = zip(*(self.draw(key, height, width) for key in keys))
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        if any(flips):
+            images = torch.where(torch.tensor(flips)[:, None, None, None], images.flip(3), images)
         if self.train and self.jitter:
-            images = colour_jitter(images / 255, factors) * 255
+            images = (colour_jitter(images / 255, torch.tensor(factors)) * 255).round().byte()
         views = []
         for size, kernel in self.views:
-            if (height, width) == (size, size) and (boxes == torch.tensor([0, 0, size, size])).all():
-                view = images
-            else:
-                view = crop_resize(images.float(), boxes.float(), size, FILTERS[kernel])
-            views.append(view.round().clamp(0, 255).byte() if view.is_floating_point() else view)
+            as_it_is = (height, width) == (size, size) and set(boxes) == {(0, 0, size, size)}
+            views.append(images if as_it_is else crop_resize(images, boxes, size, kernel))
         return [*views, *map(torch.from_numpy, labels)]
 
     def __getitems__(self, keys):
@@ -761,9 +727,8 @@ def centre_square(images, size):
     """The centred square of uint8 images (B, H, W, 3), resized: uint8 (B, 3, size, size)."""
     height, width = images.shape[1:3]
     side = min(height, width)
-    box = torch.tensor([[(height - side) // 2, (width - side) // 2, side, side]]).expand(len(images), 4).float()
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    return crop_resize(images, box, size, cubic).round().clamp(0, 255).byte()
+    box = (height - side) // 2, (width - side) // 2, side, side
+    return crop_resize(torch.from_numpy(images).permute(0, 3, 1, 2), [box] * len(images), size, "bicubic")
 
 
 def centre_square_mask(mask, size):
