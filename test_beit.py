@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import beit
+import benchmark
 import data
 import dvae
 import finetune_cls
@@ -1135,6 +1136,28 @@ def test_benchmark_counts_what_a_step_multiplies(capsys):
         clock.mark("all")
     assert clock.flop == 2 * (2 * 3 * 5 * 7)
     assert [len(clock.seconds[phase]) for phase in clock.PHASES] == [1, 1]
+
+
+def test_benchmark_of_several_takes_turns_on_the_same_batches():
+    seen = []
+    steps = {name: functools.partial(lambda name, batch: seen.append((name, batch)), name) for name in "ab"}
+    found = benchmark.side_by_side(steps, ([i] for i in range(99)), torch.device("cpu"), repeats=3, warm_up=1)
+    assert seen == [(name, i) for i in range(4) for name in "ab"]
+    assert found.keys() == steps.keys() and all(seconds >= 0 for seconds in found.values())
+
+
+def test_benchmarks_count_of_a_step_is_what_torch_counts():
+    """By hand and by torch's counter, but for what is not counted by hand: block L's rows that nobody asks for."""
+    config = beit.BeitConfig(dim=48, heads=3, depth=3, drop_path=0.0)
+    groups, loss = benchmark.ours(config, torch.device("cpu"))
+    x, _, mask = next(benchmark.batches(2, config, torch.device("cpu")))
+    z = torch.zeros(2, 196, dtype=torch.int64)
+    with benchmark.training.FlopCounterMode(display=False) as counter:
+        loss(x, mask, z).backward()
+    tokens, left_out = 2 * 197, 2 * 197 - int(mask.sum())
+    expected = benchmark.flop_of_step(config, 2) - 6 * left_out * 9 * 48**2  # projection and MLP
+    expected -= 2 * tokens * 3 * 16**2 * 48  # pixels need no gradient
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
