@@ -402,7 +402,7 @@ class Clock:
             return
         loader = iter(loader)
         first = next(loader)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             yield first
         self.flop = counter.get_total_flops()
         yield from itertools.repeat(first, self.WARM_UP - 1)
