@@ -214,12 +214,12 @@ def compare(comparison, config, images, device, repeats):
 # ---------------------------------------------------------------- memory: a process for each
 
 
-def memory(config, images):
-    """Print the peak memory of three bf16 steps of ours and of transformers', each in a new process, on the CPU."""
+def memory(images, device):
+    """Print the peak memory of three bf16 steps of ours and of transformers', each in a new process."""
     print()
     for name in ("ours", "transformers"):
-        command = [sys.executable, __file__, "--images", str(images), "--only", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, __file__, "--images", str(images), "--only", name, "--device", device.type]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         print(f"peak memory, {name:28s} {done.stdout.strip()}", flush=True)
 
 
@@ -288,12 +288,10 @@ def jpeg_files(folder, count):
 
 
 def pillow_alone(files):
-    """Pillow's own way: decode, to RGB, the centred square to 224 x 224 bicubic, as an array."""
+    """Pillow's own way: decode, to RGB, to 224 x 224 bicubic, as an array."""
     image = import_oracle("PIL.Image")
     for path in files:
-        opened = image.open(path).convert("RGB")
-        box = (opened.width - 375) // 2, 0, (opened.width + 375) // 2, 375
-        np.asarray(opened.resize((224, 224), image.BICUBIC, box))
+        np.asarray(image.open(path).convert("RGB").resize((224, 224), image.BICUBIC))
 
 
 COMPARISONS = ("bf16", "float32", "compiled", "defaults", "tokenizer")
@@ -320,7 +318,7 @@ def main(argv=None):
         if comparison in wanted:
             compare(comparison, config, args.images, device, args.repeats)
     if "memory" in wanted:
-        memory(config, args.images)
+        memory(args.images, device)
     if "data" in wanted:
         data_path()
 

@@ -1131,7 +1131,7 @@ def test_benchmark_times_every_part_and_writes_nothing(stage, arrays, made, tmp_
 def test_benchmark_counts_what_a_step_multiplies(capsys):
     """A step of one linear layer, forward and the weight's gradient: 2 products of 2 B n m each."""
     clock, layer = training.Clock(1, torch.device("cpu")), nn.Linear(5, 7, bias=False)
-    for x in clock.batches(iter([torch.randn(3, 5)] * 9)):
+    for x in clock.batches(torch.utils.data.DataLoader([torch.randn(3, 5)] * 9, batch_size=None)):
         layer(x).sum().backward()
         clock.mark("all")
     assert clock.flop == 2 * (2 * 3 * 5 * 7)
@@ -1507,7 +1507,7 @@ def test_readme_names_every_script_and_flag_that_exists():
         known |= {f"--{name.replace('_', '-')}" for name in module.RECIPES}
     known |= set(training.recipe_parser("", {})._option_string_actions)
     known |= {"--init", "--tokenizer", "--eval", "--linear-probe", "--measure", "--max-restarts"}
-    known |= {"--table", "--figure", "--seeds", "--readme"}
+    known |= {"--table", "--figure", "--seeds", "--readme", "--recompute"}
     assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
 
 

@@ -89,8 +89,8 @@ def parse_recipe(parser, recipes, argv=None):
         parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
     if args.out is None and not getattr(args, "eval", False) and args.benchmark is None:
         parser.error("--out is needed: a new folder for what the run makes")
-    if args.benchmark and (args.out or args.resume):
-        parser.error("--benchmark writes nothing and resumes nothing: leave out --out and --resume")
+    if args.benchmark and (args.out or args.resume or getattr(args, "eval", False)):
+        parser.error("--benchmark writes, resumes and evaluates nothing: leave out --out, --resume and --eval")
     for name in ("steps", "batch_size", "accumulate", "eval_images", "save_every", "log_every", "benchmark"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
@@ -329,7 +329,7 @@ def warmup_linear(step, steps, warmup, peak):
     """Learning rate: linear to `peak` over `warmup` steps, then linear to 0 (segmentation)."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (steps - step) / (steps - warmup)
+    return peak * max(steps - step, 0) / (steps - warmup)
 
 
 def duration(args, steps_per_epoch):
@@ -349,8 +349,9 @@ def set_lr(optimizer, lr):
 # ---------------------------------------------------------------- --benchmark: where a step's time goes
 
 
-def matmul_rate(device, autocast, side=2048, repeats=9):
+def matmul_rate(device, autocast, repeats=9):
     """FLOP/s of large matrix products on the device in autocast's precision, the median of `repeats`."""
+    side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device)
     seconds = []
     with autocast():
@@ -400,15 +401,19 @@ class Clock:
         if not self.steps:
             yield from loader
             return
+        ahead = 2 * loader.num_workers  # batches that loader processes have ready by the time they are asked for
         loader = iter(loader)
         first = next(loader)
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             yield first
         self.flop = counter.get_total_flops()
         yield from itertools.repeat(first, self.WARM_UP - 1)
-        for phase, source in zip(self.PHASES, (itertools.repeat(first), loader)):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for phase, source in zip(self.PHASES, (itertools.repeat(first), itertools.islice(loader, ahead, None))):
+            self.now = time.perf_counter()
             for _ in range(self.steps):
-                self.record, self.now = collections.defaultdict(float), time.perf_counter()
+                self.record = collections.defaultdict(float)
                 if (batch := next(source, None)) is None:
                     raise ValueError(f"--benchmark {self.steps} takes more steps than the run has: lower it")
                 yield batch
@@ -433,14 +438,14 @@ class Clock:
         where = f"{torch.get_num_threads()} threads" if self.device.type == "cpu" else torch.cuda.get_device_name()
         processes = dist.get_world_size() if dist.is_initialized() else 1
         print(f"{processes} x {where}, {str(dtype).removeprefix('torch.')}, {images} images a step")
-        print(f"medians of {self.steps} steps after {self.WARM_UP}, in milliseconds")
+        print(f"means of {self.steps} steps after {self.WARM_UP}, in milliseconds")
         for phase, steps in self.seconds.items():
-            step = statistics.median(sum(record.values()) for record in steps)
-            parts = (f"{p} {1e3 * statistics.median(record[p] for record in steps):.1f}" for p in steps[0])
+            step = statistics.mean(sum(record.values()) for record in steps)
+            parts = (f"{p} {1e3 * statistics.mean(record[p] for record in steps):.1f}" for p in steps[0])
             print(f"{phase}: {images / step:.1f} images/s, step {1e3 * step:.1f}: {', '.join(parts)}")
             speed = self.flop / step
             print(f"    {speed / 1e9:.0f} GFLOP/s, {speed / rate:.0%} of {rate / 1e9:.0f}, the matrix products' rate")
-        print(f"peak memory {memory:.2f} GiB")
+        print(f"peak memory {memory:.2f} GiB in each process")
 
 
 # ---------------------------------------------------------------- output folder, checkpoints
@@ -693,7 +698,7 @@ class Log:
 
     def step(self, step, images, **values):
         """Log `values` after `step` steps, with images a second since the start and the time left."""
-        if self.rank:
+        if self.rank or not self.path:
             return
         elapsed = time.time() - self.start
         done = step - self.first_step
