@@ -580,9 +580,9 @@ class Samples(Dataset):
 class Crops(Samples):
     """One random crop, flip and colour jitter of each image, resized to one or more views.
 
-    views: list of (size, filter name). train=False: the centred square of `centre` of the short side (1: the
-    whole image), as it is. A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view; with labels=True then
-    the labels (B,).
+    views: list of (size, filter name). train=False: the centred square of `centre` of the short side (1: the whole
+    image), as it is. A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view; with labels=True
+    then the labels (B,).
     """
 
     def __init__(
