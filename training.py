@@ -355,7 +355,7 @@ def matmul_rate(device, autocast, repeats=9):
     a = torch.randn(side, side, device=device)
     seconds = []
     with autocast():
-        a = (a @ a).to(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else a.dtype)
+        a = a @ a  # now in that precision
         for _ in range(repeats):
             synchronise(device)
             start = time.perf_counter()
@@ -585,7 +585,7 @@ def save_or_stop(save, step, steps, save_every, device):
     if stop:
         if dist.is_initialized():
             dist.barrier()  # nobody leaves, and has the others ended, while the first process writes
-        raise Stopped(f"stopped by a signal after step {step} of {steps}, which is saved: --resume goes on")
+        raise Stopped(f"stopped by a signal after step {step} of {steps}: --resume goes on from what is saved")
 
 
 def resume_checkpoint(out, kind, args, model, optimizer, scaler):
