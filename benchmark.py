@@ -31,8 +31,8 @@ import reproduce
 import training
 from beit import model_config, parameter_groups
 from dvae import DVAE, DVAEConfig
-from masking import make_mask
-from pretrain import BeitForMaskedImageModeling, recovery_loss
+from masking import make_mask, target
+from pretrain import BeitForMaskedImageModeling, filled_positions, recovery_loss
 from verify import import_oracle, transformers_config
 
 GRID, VOCAB, MASKED = 14, 8192, 75 / 196
@@ -74,7 +74,8 @@ def ours(config, device, compile_model=False):
 
     def loss(x, mask, z):
         u = torch.rand(len(x), config.depth, 2, device=x.device)
-        return recovery_loss(run(x, mask, mask, u).float(), z[mask]) / mask.sum()
+        at = filled_positions(mask, len(x) * target(GRID, GRID, MASKED))
+        return (recovery_loss(run(x, mask, at, u).float(), z[at]) * mask[at]).sum() / mask.sum()
 
     return parameter_groups(model, WEIGHT_DECAY), loss
 

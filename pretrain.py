@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import masking
 import training
 from beit import RECOMPUTE, STD, Beit, init_weight, model_config, parameter_groups
 from dvae import load_tokenizer
-from masking import make_mask
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
@@ -86,9 +86,10 @@ class BeitForMaskedImageModeling(Beit):
     def forward(self, x, mask, where=None, u=None):
         """Logits at the masked positions only, in the mask's row-major order: (B, 3, H, W), (B, N) -> (|M|, n_out).
 
-        where: bool (B, N), positions to predict in place of the masked ones. u: stochastic depth's, see Beit.forward.
+        where: indices (image, i), int64 (n,) each, of positions to predict in place of the masked ones: (n, n_out).
+        u: stochastic depth's, see Beit.forward.
         """
-        image, i = (mask if where is None else where).nonzero(as_tuple=True)
+        image, i = mask.nonzero(as_tuple=True) if where is None else where
         h = super().forward(x, mask, u, (image, i + 1))  # h_i^L, i in M, after e_[S]: (|M|, D)
         return self.lm_head(self.norm(h))
 
@@ -106,15 +107,25 @@ def recovery_targets(kind, x, pixels, tokenizer, patch):
 
 
 def recovery_loss(prediction, target):
-    """Summed over positions: -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values."""
+    """(n,): -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values."""
     if target.is_floating_point():
-        return (prediction - target).pow(2).mean(-1).sum()
-    return F.cross_entropy(prediction, target, reduction="sum")
+        return (prediction - target).pow(2).mean(-1)
+    return F.cross_entropy(prediction, target, reduction="none")
 
 
 def recovered_positions(recover, mask):
     """Bool (B, N): M, or with "recover 100 %" every position."""
     return torch.ones_like(mask) if recover == "all" else mask
+
+
+def filled_positions(where, count):
+    """Indices (image, i), int64 (count,) each, of True in bool (B, N) row by row, and then of others.
+
+    Masks differ in size. Always as many positions let torch.compile make one program for all steps, and the allocator
+    give the next step the memory of the last.
+    """
+    order = where.logical_not().flatten().to(torch.uint8).argsort(stable=True)
+    return torch.unravel_index(order[:count], where.shape)
 
 
 class MaskedViews(data.Crops):
@@ -126,11 +137,13 @@ class MaskedViews(data.Crops):
         if args.masking == "none" and args.recover != "all":
             raise ValueError("--masking none leaves nothing to recover: add --recover all")
         self.how = args.masking, grid, args.mask_ratio, args.min_block
-        make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # a bad ratio or name is found before training
+        may_be_all = args.recover == "all" or args.masking == "printed"
+        self.most = grid**2 if may_be_all else masking.target(grid, grid, args.mask_ratio)  # positions to recover
+        masking.make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # bad settings are found before training
 
     def __getitems__(self, keys):
         kind, *how = self.how
-        masks = [make_mask(kind, data.sample_rng(self.seed, *key, "mask"), *how) for key in keys]
+        masks = [masking.make_mask(kind, data.sample_rng(self.seed, *key, "mask"), *how) for key in keys]
         return [*super().__getitems__(keys), torch.stack([torch.from_numpy(m) for m in masks])]
 
 
@@ -160,9 +173,9 @@ def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
         where = recovered_positions(args.recover, mask)
         with autocast():
             target = recovery_targets(args.target, x, pixels, tokenizer, model.config.patch_size)
-            prediction = model(x, mask, where).float()
+            prediction = model(x, mask, where.nonzero(as_tuple=True)).float()
         sums[0] += where.sum()
-        sums[1] += recovery_loss(prediction, target[where])
+        sums[1] += recovery_loss(prediction, target[where]).sum()
         sums[2] += len(x)
         if tokenizer:
             counts += torch.bincount(target[where], minlength=len(counts))
@@ -209,7 +222,8 @@ def draw_pictures(out, model, tokenizer, held_out, args, device):
     batch = held_out.__getitems__([(-1, i) for i in range(min(12, len(held_out)))])
     x, pixels, mask = two_views(batch, device, args.normalise)
     model.eval()
-    prediction = model(x, mask, torch.ones_like(mask)).unflatten(0, mask.shape)  # (B, N, n_out)
+    every = torch.ones_like(mask).nonzero(as_tuple=True)
+    prediction = model(x, mask, every).unflatten(0, mask.shape)  # (B, N, n_out)
     masked = torch.where(pixel_mask(mask, pixels), torch.tensor(0.5, device=device), pixels)
     where = mask if args.masking != "none" else torch.ones_like(mask)
     recovered = recovered_image(args, prediction, where, x, pixels, tokenizer, model.config.patch_size)
@@ -293,8 +307,9 @@ def main(argv=None):
                 with autocast():
                     z_i = recovery_targets(args.target, x_i, pixels_i, tokenizer, model.config.patch_size)  # (B, N)
                     clock.mark("tokenizer")
-                    prediction = train_model(x_i, mask_i, where_i, u_i)  # (|M|, |V|)
-                loss = recovery_loss(prediction.float(), z_i[where_i]) / count
+                    at = filled_positions(where_i, len(x_i) * train_set.most)
+                    prediction = train_model(x_i, mask_i, at, u_i)  # (B most, |V|): M, and others that do not count
+                loss = (recovery_loss(prediction.float(), z_i[at]) * where_i[at]).sum() / count
                 clock.mark("forward")
                 scaler.scale(loss).backward()
                 clock.mark("backward")

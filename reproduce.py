@@ -49,6 +49,9 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(12 << 30),
     "MALLOC_TOP_PAD_": str(512 << 20),
 }
+# 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper; as many patches in all as `fashion` sees
+GRID14 = ("--image-size", 56, "--token-size", 56, "--mask-ratio", 75 / 196, "--min-block", 16)
+GRID14 += ("--batch-size", 64, "--epochs", 12.5, "--warmup-epochs", 0.8)
 RECIPES = {
     # name: (demo, fashion, help)
     "data": ("shapes", "fashion-mnist", "images to pre-train on and to classify"),
@@ -65,7 +68,6 @@ RECIPES = {
     "longer": (0, 4, "random weights also get so many times the steps; 0: not"),
     # the tables only
     "pretraining_seeds": (2, 2, "pre-training runs of BEiT and of pixels, the two contrasts that matter most"),
-    "pretrain_longer": (8 / 3, 8 / 3, "Pretrain longer: so many times the epochs, as 800 is to 300"),
     "probe_lr": ((4e-3, 1.6e-2), (4e-3, 1.6e-2), "learning rates of the linear probe to choose from"),
     "all_epochs": (3.0, 1.0, "passes over the whole training set, where all labels are used"),
     "all_lr": ((1e-3, 2e-3), (1e-3, 2e-3), "learning rates to choose from there, pre-trained or probe"),
@@ -74,6 +76,11 @@ RECIPES = {
     "larger_epochs": (0.1, 0.1, "share of the classifier's epochs spent there"),
     "small_model": ("mini", "mini", "the second model size"),
     "reference_images": (500, 500, "images whose reference patches figure 2 is measured on"),
+    # table 4's rows about masking on the paper's own grid, 14 x 14 patches; shapes have no such images
+    "grid14_pretrain": (None, GRID14, "flags of pretrain.py, on the scenes"),
+    "grid14_segment": (None, ("--image-size", 56, "--batch-size", 16), "flags of finetune_seg.py: whole scenes"),
+    "grid14_seg_lr": (None, (4e-3, 8e-3), "learning rates to choose from there"),
+    "grid14_seeds": (None, 3, "pre-training runs of each row"),
 }
 COLUMNS = ("demo", "fashion")
 
@@ -190,10 +197,10 @@ def tokenizer_stage(runner, name="tokenizer", *flags):
     return runner.stage(name, "train_tokenizer.py", "--data", runner.settings["data"], "--eval-split", "test", *flags)
 
 
-def beit_call(runner, row, tokenizer, *flags, seed=0):
+def beit_call(runner, row, tokenizer, *flags, seed=0, images="data"):
     """Stage 2 for runner.stages: (name, script, *flags). tokenizer: its record, or None with pixels as the target."""
     source = ("--tokenizer", tokenizer["checkpoint"]) if tokenizer else ()
-    common = ("--data", runner.settings["data"], "--eval-split", "test", "--seed", seed)
+    common = ("--data", runner.settings[images], "--eval-split", "test", "--seed", seed)
     return f"{slug(row)}-{seed}", "pretrain.py", *common, *source, *flags
 
 
@@ -422,11 +429,32 @@ ABLATIONS = {
     "- visual tokens - blockwise masking": (("--target", "pixels", "--masking", "random"), "80.50", "37.09"),
     "+ recover 100 %": (("--recover", "all"), "82.59", "40.93"),
     "- masking + recover 100 %": (("--masking", "none", "--recover", "all"), "81.67", "36.73"),
-    "pretrain longer": ((), "83.19", "45.58"),
+    "pretrain longer": ((), "83.19", "45.58"),  # 800 epochs in place of 300
+    "pretrain 4 times as long": ((), None, None),
     "- visual tokens, normalised pixels": (("--target", "normalised-pixels"), None, None),
     "VQ-VAE tokenizer": ((), None, None),
 }
+LONGER = {"pretrain longer": 8 / 3, "pretrain 4 times as long": 4}  # so many times the epochs
 TWICE = ("BEiT", "- visual tokens")  # rows with several pre-training seeds
+MASKING = ("BEiT", "- blockwise masking", "+ recover 100 %", "- masking + recover 100 %")  # rows of table 4 on 14 x 14
+
+
+def downstream(runner, records, seg_lrs, seg_flags=()):
+    """Classify and segment from pre-training's records {(row, seed): record}, at the learning rates chosen for BEiT."""
+    s, inits = runner.settings, collections.defaultdict(list)
+    for (row, _), record in records.items():
+        inits[row].append(record["checkpoint"])
+    others = {row: checkpoints for row, checkpoints in inits.items() if row != "BEiT"}
+    rows = {"BEiT": (inits["BEiT"], s["cls_lr"], ())} | {row: (init, "BEiT", ()) for row, init in others.items()}
+    cls = classify(runner, s["labels"][0], rows)
+    rows = {row: (init, lrs, seg_flags) for row, (init, lrs, _) in rows.items()}
+    return cls, segment(runner, rows | {"BEiT": (inits["BEiT"], seg_lrs, seg_flags)})
+
+
+def masked_accuracy(row, record):
+    """Percent of the masked tokens that are predicted right, None where other things are to be predicted."""
+    masked_only = "mim_accuracy" in record and "--recover" not in ABLATIONS[row][0]
+    return 100 * record["mim_accuracy"] if masked_only else None
 
 
 def table4(runner):
@@ -438,25 +466,40 @@ def table4(runner):
     epochs = {f"--{n.replace('_', '-')}": pretrain.RECIPES[n][column] for n in ("epochs", "warmup_epochs")}
     calls = {}
     for row, (flags, *_) in ABLATIONS.items():
-        if row == "pretrain longer":
-            flags = [part for flag, n in epochs.items() for part in (flag, round(n * s["pretrain_longer"], 2))]
+        if row in LONGER:
+            flags = [part for flag, n in epochs.items() for part in (flag, round(n * LONGER[row], 2))]
         for seed in range(s["pretraining_seeds"] if row in TWICE else 1):
             calls[row, seed] = beit_call(runner, row, tokenizers.get(row), *flags, seed=seed)
     records = runner.stages(calls)
-    inits = {row: [records[key]["checkpoint"] for key in records if key[0] == row] for row in ABLATIONS}
-    rows = {"BEiT": (inits["BEiT"], s["cls_lr"], ())} | {r: (inits[r], "BEiT", ()) for r in ABLATIONS if r != "BEiT"}
-    cls = classify(runner, s["labels"][0], rows)
-    rows["BEiT"] = (inits["BEiT"], s["seg_lr"], ())
-    seg = segment(runner, rows)
+    cls, seg = downstream(runner, records, s["seg_lr"])
     columns = ["", f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes", "token MSE", "masked accuracy, %"]
     table = []
     for row, (_, imagenet, ade20k) in ABLATIONS.items():
-        beit, tokenizer = records[row, 0], tokenizers.get(row, {})
-        masked_only = "mim_accuracy" in beit and "--recover" not in ABLATIONS[row][0]
-        accuracy = 100 * beit["mim_accuracy"] if masked_only else None
-        mse = f"{tokenizer['reconstruction_mse']:.4f}" if tokenizer else None
+        mse = f"{tokenizers[row]['reconstruction_mse']:.4f}" if row in tokenizers else None
+        accuracy = masked_accuracy(row, records[row, 0])
         table.append([row, result(cls[row]), result(seg[row]), mse, accuracy, imagenet, ade20k])
     title = "Table 4: ablations, all fine-tuned at the learning rate chosen for BEiT"
+    return {"title": title, "columns": [*columns, "paper, ImageNet", "paper, ADE20K"], "rows": table}
+
+
+def grid14(runner):
+    """Table 4's rows about masking on the paper's grid: pre-trained on scenes, used on scenes and on single images."""
+    s, tokenizer = runner.settings, tokenizer_stage(runner)
+    calls = {
+        (row, seed): beit_call(
+            runner, f"14x14 {row}", tokenizer, *s["grid14_pretrain"], *ABLATIONS[row][0], seed=seed, images="scenes"
+        )
+        for seed in range(s["grid14_seeds"])
+        for row in MASKING
+    }
+    records = runner.stages(calls)
+    cls, seg = downstream(runner, records, s["grid14_seg_lr"], s["grid14_segment"])
+    columns = ["", f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes", "masked accuracy, %"]
+    table = [
+        [row, result(cls[row]), result(seg[row]), masked_accuracy(row, records[row, 0]), *ABLATIONS[row][1:]]
+        for row in MASKING
+    ]
+    title = "Table 4's rows about masking, on 14 x 14 patches"
     return {"title": title, "columns": [*columns, "paper, ImageNet", "paper, ADE20K"], "rows": table}
 
 
@@ -482,7 +525,8 @@ def figure2(runner):
     return {"title": "Figure 2: attention separates objects", "columns": columns, "rows": rows}
 
 
-EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4, "figure 2": figure2}
+EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
+EXPERIMENTS |= {"grid 14": grid14, "figure 2": figure2}
 
 
 # ---------------------------------------------------------------- what the paper claims, and what came out
@@ -504,6 +548,12 @@ CLAIMS = [
     ("Recovering masked tokens alone beats 100 %, segmentation", "table 4", 2, "BEiT", "+ recover 100 %"),
     ("Masking beats none, classification", "table 4", 1, "BEiT", "- masking + recover 100 %"),
     ("Masking beats none, segmentation", "table 4", 2, "BEiT", "- masking + recover 100 %"),
+    ("Blockwise beats random masking, classification, 14x14", "grid 14", 1, "BEiT", "- blockwise masking"),
+    ("Blockwise beats random masking, segmentation, 14x14", "grid 14", 2, "BEiT", "- blockwise masking"),
+    ("Masked tokens alone beat 100 %, classification, 14x14", "grid 14", 1, "BEiT", "+ recover 100 %"),
+    ("Masked tokens alone beat 100 %, segmentation, 14x14", "grid 14", 2, "BEiT", "+ recover 100 %"),
+    ("Masking beats none, classification, 14x14", "grid 14", 1, "BEiT", "- masking + recover 100 %"),
+    ("Masking beats none, segmentation, 14x14", "grid 14", 2, "BEiT", "- masking + recover 100 %"),
     ("Pre-training longer helps, classification", "table 4", 1, "pretrain longer", "BEiT"),
     ("Pre-training longer helps, segmentation", "table 4", 2, "pretrain longer", "BEiT"),
     ("Attention separates objects: more than random weights'", "figure 2", 1, "pre-trained", "random weights"),
@@ -600,6 +650,7 @@ def main(argv=None):
     parser.add_argument("--recipe", default="demo", choices=COLUMNS, help="what to run")
     parser.add_argument("--table", type=int, nargs="+", default=[], choices=(1, 3, 4), help="the paper's tables to run")
     parser.add_argument("--figure", type=int, nargs="+", default=[], choices=(2,), help="and its figure")
+    parser.add_argument("--grid14", action="store_true", help="and table 4's rows about masking on 14 x 14 patches")
     parser.add_argument("--seeds", type=int, help="fine-tuning runs per row; default: the recipe's")
     parser.add_argument("--out", help="new folder for everything that is made; default: runs/RECIPE")
     parser.add_argument("--resume", action="store_true", help="keep the finished stages in --out, run the rest")
@@ -610,6 +661,8 @@ def main(argv=None):
     for name in ("seeds", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.grid14 and args.recipe == "demo":
+        parser.error("--grid14 needs images of 56 x 56 pixels: --recipe fashion has them, drawn shapes are smaller")
     if args.readme:
         (HERE / "README.md").write_text(fill_readme((HERE / "README.md").read_text()))
         return
@@ -618,7 +671,8 @@ def main(argv=None):
         raise ValueError(f"{out} is not empty: choose another --out, or --resume to keep its finished stages")
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(out, args.recipe, args.seeds, args.data_dir, args.jobs)
-    names = [f"table {n}" for n in args.table] + [f"figure {n}" for n in args.figure] or ["summary"]
+    names = [f"table {n}" for n in args.table] + ["grid 14"] * args.grid14 + [f"figure {n}" for n in args.figure]
+    names = names or ["summary"]
     runner.plan([EXPERIMENTS[name] for name in names])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -628,7 +682,7 @@ def main(argv=None):
         raise training.Stopped("stopped: --resume goes on") from None
     finally:
         runner.stop()
-    for name in [*names, "claims"] if args.table or args.figure else names:
+    for name in [*names, "claims"] if names != ["summary"] else names:
         print(f"\n{tables[name]['title']}\n{markdown(tables[name])}")
     print(f"\n{(time.time() - runner.start) / 60:.1f} minutes; pictures: {out}/*/*.png; numbers: {out}/results.json")
 

@@ -471,18 +471,39 @@ def test_pixel_targets_are_the_patches_own_pixels():
     standard = pretrain.recovery_targets("normalised-pixels", 5 + 3 * x, None, None, 2)
     assert torch.allclose(standard.mean(-1), torch.zeros(2, 16), atol=1e-5)
     assert torch.allclose(standard.var(-1, correction=0), torch.ones(2, 16), atol=1e-3)
-    assert pretrain.recovery_loss(pixels[0], pixels[0] + 2).item() == pytest.approx(4 * 16)  # summed over positions
+    assert torch.allclose(pretrain.recovery_loss(pixels[0], pixels[0] + 2), torch.full((16,), 4.0))
 
 
 def test_recover_all_counts_every_position():
     model, x, z = tiny_mim(), torch.randn(2, 3, 8, 8), torch.randint(11, (2, 16))
     mask = torch.rand(2, 16) < 0.4
     where = pretrain.recovered_positions("all", mask)
-    prediction = model(x, mask, where)
+    prediction = model(x, mask, where.nonzero(as_tuple=True))
     assert prediction.shape == (32, 11) and torch.equal(pretrain.recovered_positions("masked", mask), mask)
     assert torch.allclose(prediction[mask.flatten()], model(x, mask), atol=1e-6)
     expected = F.cross_entropy(prediction, z.flatten(), reduction="sum")
-    assert pretrain.recovery_loss(prediction, z[where]).item() == pytest.approx(expected.item())
+    assert pretrain.recovery_loss(prediction, z[where]).sum().item() == pytest.approx(expected.item())
+
+
+def test_positions_that_fill_up_a_batch_change_nothing():
+    """Always as many positions as the largest masks have: eq. 1's loss and gradients are those of M alone."""
+    model, x, z = tiny_mim(), torch.randn(3, 3, 8, 8), torch.randint(11, (3, 16))
+    mask = torch.rand(3, 16) < 0.3
+    mask[1] = False
+    image, i = at = pretrain.filled_positions(mask, 30)
+    assert image.shape == (30,) and mask.sum() < 30 and len(set(zip(image.tolist(), i.tolist()))) == 30
+    assert torch.equal(torch.stack(at)[:, : mask.sum()], torch.stack(mask.nonzero(as_tuple=True)))
+    results = []
+    for padded in (False, True):
+        model.zero_grad()
+        if padded:
+            loss = (pretrain.recovery_loss(model(x, mask, at), z[at]) * mask[at]).sum()
+        else:
+            loss = F.cross_entropy(model(x, mask), z[mask], reduction="sum")
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in model.parameters()])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(
