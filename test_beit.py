@@ -1373,7 +1373,23 @@ def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
     assert [row[0] for row in tables["table 4"]["rows"]] == list(reproduce.ABLATIONS)
     assert len(tables["table 4"]["rows"][0][1]["values"]) == 2  # pre-training seeds
     claims = saved["tables"]["claims"]["rows"]
-    assert len(claims) == len([claim for claim in reproduce.CLAIMS if claim[1] != "figure 2"])
+    assert len(claims) == len([claim for claim in reproduce.CLAIMS if claim[1] not in ("figure 2", "grid 14")])
+
+
+def test_grid14_plans_what_it_runs(no_processes, tmp_path):
+    """Four rows, each with its pre-training seeds, pre-trained and segmented on 14 x 14 patches; a verdict on each."""
+    runner = reproduce.Runner(tmp_path, "fashion", seeds=2, jobs=2)
+    runner.plan([reproduce.grid14])
+    table = reproduce.grid14(runner)
+    assert runner.missing.total() == 0 and len(list(tmp_path.glob("*.json"))) == runner.total
+    seeds = runner.settings["grid14_seeds"]
+    assert [row[0] for row in table["rows"]] == list(reproduce.MASKING)
+    for row in table["rows"]:
+        assert all(len(cell["values"]) == seeds and len(cell["values"][0]) == 2 for cell in row[1:3])
+    claims = reproduce.save_results(runner, {"grid 14": table})["tables"]["claims"]["rows"]
+    assert len(claims) == 2 * (len(reproduce.MASKING) - 1)
+    with pytest.raises(SystemExit):
+        reproduce.main(["--grid14", "--out", str(tmp_path / "demo")])
 
 
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
@@ -1528,7 +1544,7 @@ def test_readme_names_every_script_and_flag_that_exists():
         known |= {f"--{name.replace('_', '-')}" for name in module.RECIPES}
     known |= set(training.recipe_parser("", {})._option_string_actions)
     known |= {"--init", "--tokenizer", "--eval", "--linear-probe", "--measure", "--max-restarts"}
-    known |= {"--table", "--figure", "--seeds", "--readme", "--recompute"}
+    known |= {"--table", "--figure", "--grid14", "--seeds", "--readme", "--recompute"}
     assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
 
 
