@@ -70,12 +70,13 @@ class ReleasedDesign(nn.Module):
 def ours(config, device, compile_model=False):
     """(parameter groups, loss function of x, mask, z) of the model of pretrain.py."""
     model = BeitForMaskedImageModeling(config, VOCAB).to(device)
-    run = torch.compile(model) if compile_model else model
+    run = training.compiled(model, device) if compile_model else model
+    loss_of = training.compiled(recovery_loss, device) if compile_model else recovery_loss
 
     def loss(x, mask, z):
         u = torch.rand(len(x), config.depth, 2, device=x.device)
         at = filled_positions(mask, len(x) * target(GRID, GRID, MASKED))
-        return (recovery_loss(run(x, mask, at, u).float(), z[at]) * mask[at]).sum() / mask.sum()
+        return (loss_of(run(x, mask, at, u), z[at]) * mask[at]).sum() / mask.sum()
 
     return parameter_groups(model, WEIGHT_DECAY), loss
 

@@ -107,7 +107,8 @@ def recovery_targets(kind, x, pixels, tokenizer, patch):
 
 
 def recovery_loss(prediction, target):
-    """(n,): -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values."""
+    """In float32, (n,): -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values."""
+    prediction = prediction.float()
     if target.is_floating_point():
         return (prediction - target).pow(2).mean(-1)
     return F.cross_entropy(prediction, target, reduction="none")
@@ -173,7 +174,7 @@ def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
         where = recovered_positions(args.recover, mask)
         with autocast():
             target = recovery_targets(args.target, x, pixels, tokenizer, model.config.patch_size)
-            prediction = model(x, mask, where.nonzero(as_tuple=True)).float()
+            prediction = model(x, mask, where.nonzero(as_tuple=True))
         sums[0] += where.sum()
         sums[1] += recovery_loss(prediction, target[where]).sum()
         sums[2] += len(x)
@@ -287,6 +288,7 @@ def main(argv=None):
     if not args.resume:
         save(0)  # a folder that cannot be written to fails now
     train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
+    loss_of = training.compiled(recovery_loss, device) if args.compile else recovery_loss
     clock = training.Clock(args.benchmark, device)
     log = training.Log(out, rank, steps, step)
     loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device)
@@ -309,7 +311,7 @@ def main(argv=None):
                     clock.mark("tokenizer")
                     at = filled_positions(where_i, len(x_i) * train_set.most)
                     prediction = train_model(x_i, mask_i, at, u_i)  # (B most, |V|): M, and others that do not count
-                loss = (recovery_loss(prediction.float(), z_i[at]) * where_i[at]).sum() / count
+                loss = (loss_of(prediction, z_i[at]) * where_i[at]).sum() / count
                 clock.mark("forward")
                 scaler.scale(loss).backward()
                 clock.mark("backward")

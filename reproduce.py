@@ -80,7 +80,7 @@ RECIPES = {
     "grid14_pretrain": (None, GRID14, "flags of pretrain.py, on the scenes"),
     "grid14_segment": (None, ("--image-size", 56, "--batch-size", 16), "flags of finetune_seg.py: whole scenes"),
     "grid14_seg_lr": (None, (4e-3, 8e-3), "learning rates to choose from there"),
-    "grid14_seeds": (None, 3, "pre-training runs of each row"),
+    "grid14_seeds": (None, 2, "pre-training runs of each row"),
 }
 COLUMNS = ("demo", "fashion")
 

@@ -224,9 +224,14 @@ def precision(amp, device):
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=amp != "off"), scaler
 
 
+def compiled(part, device):
+    """torch.compile, which on CPUs is to store what several kernels read: else each block looks the bias up anew."""
+    return torch.compile(part, options={"realize_reads_threshold": 1} if device.type == "cpu" else None)
+
+
 def wrap(model, device, compile_model):
     """What the loop calls: the model, compiled and in DistributedDataParallel as asked."""
-    wrapped = torch.compile(model) if compile_model else model
+    wrapped = compiled(model, device) if compile_model else model
     if dist.is_initialized():
         ids = [device.index] if device.type == "cuda" else None
         # Buffers are statistics of the global batch, equal in all processes already.
