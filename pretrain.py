@@ -107,7 +107,10 @@ def recovery_targets(kind, x, pixels, tokenizer, patch):
 
 
 def recovery_loss(prediction, target):
-    """In float32, (n,): -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values."""
+    """Of each position: -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values.
+
+    prediction (n, |V|) and target z int64 (n,), or both (n, 3P²) -> (n,) in float32.
+    """
     prediction = prediction.float()
     if target.is_floating_point():
         return (prediction - target).pow(2).mean(-1)
@@ -120,13 +123,13 @@ def recovered_positions(recover, mask):
 
 
 def filled_positions(where, count):
-    """Indices (image, i), int64 (count,) each, of True in bool (B, N) row by row, and then of others.
+    """Indices (image, i), int64 (count,) each, of True in bool (B, N) row by row, at most `count`, and then of others.
 
     Masks differ in size. Always as many positions let torch.compile make one program for all steps, and the allocator
     give the next step the memory of the last.
     """
-    order = where.logical_not().flatten().to(torch.uint8).argsort(stable=True)
-    return torch.unravel_index(order[:count], where.shape)
+    order = where.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
+    return order // where.shape[1], order % where.shape[1]
 
 
 class MaskedViews(data.Crops):
@@ -138,8 +141,9 @@ class MaskedViews(data.Crops):
         if args.masking == "none" and args.recover != "all":
             raise ValueError("--masking none leaves nothing to recover: add --recover all")
         self.how = args.masking, grid, args.mask_ratio, args.min_block
-        may_be_all = args.recover == "all" or args.masking == "printed"
-        self.most = grid**2 if may_be_all else masking.target(grid, grid, args.mask_ratio)  # positions to recover
+        may_be_all = args.recover == "all" or args.masking == "printed"  # which may overshoot
+        # positions to recover in an image, at most
+        self.most_positions = grid**2 if may_be_all else masking.target(grid, grid, args.mask_ratio)
         masking.make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # bad settings are found before training
 
     def __getitems__(self, keys):
@@ -309,8 +313,8 @@ def main(argv=None):
                 with autocast():
                     z_i = recovery_targets(args.target, x_i, pixels_i, tokenizer, model.config.patch_size)  # (B, N)
                     clock.mark("tokenizer")
-                    at = filled_positions(where_i, len(x_i) * train_set.most)
-                    prediction = train_model(x_i, mask_i, at, u_i)  # (B most, |V|): M, and others that do not count
+                    at = filled_positions(where_i, len(x_i) * train_set.most_positions)
+                    prediction = train_model(x_i, mask_i, at, u_i)  # (n, |V|): M, and others that do not count
                 loss = (loss_of(prediction, z_i[at]) * where_i[at]).sum() / count
                 clock.mark("forward")
                 scaler.scale(loss).backward()

@@ -507,6 +507,28 @@ def test_positions_that_fill_up_a_batch_change_nothing():
 
 
 @pytest.mark.parametrize(
+    "masking, recover",
+    [("blockwise", "masked"), ("printed", "masked"), ("random", "masked"), ("blockwise", "all"), ("none", "all")],
+)
+def test_no_mask_has_more_positions_than_are_predicted(masking, recover, arrays):
+    """MaskedViews.most_positions bounds every mask; filled_positions would drop what is beyond it."""
+    flags = ["--masking", masking, "--recover", recover, "--data", str(arrays), "--out", "unused"]
+    args = training.parse_recipe(training.recipe_parser("", pretrain.RECIPES), pretrain.RECIPES, flags)
+    views = pretrain.MaskedViews(args, data.open_source(str(arrays), "train", None), [(24, "bicubic")], 6, True)
+    masks = torch.cat([views.__getitems__([(epoch, i) for i in range(8)])[-1] for epoch in range(50)])
+    counts = pretrain.recovered_positions(recover, masks.flatten(1)).sum(1)
+    assert 0 < counts.max() <= views.most_positions <= 36
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+def test_compiled_is_the_plain_function():
+    compiled = training.compiled(pretrain.recovery_loss, torch.device("cpu"))  # raises if there is no such option
+    prediction, z = torch.randn(4, 11), torch.randint(11, (4,))
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(compiled(prediction, z), pretrain.recovery_loss(prediction, z))
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         ("--target", "pixels"),

@@ -225,7 +225,8 @@ def precision(amp, device):
 
 
 def compiled(part, device):
-    """torch.compile, which on CPUs is to store what several kernels read: else each block looks the bias up anew."""
+    """torch.compile. On CPUs what is made of several tensors and used more than once is stored: the compiler would
+    otherwise look the shared relative bias up again in every block."""
     return torch.compile(part, options={"realize_reads_threshold": 1} if device.type == "cpu" else None)
 
 
