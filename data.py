@@ -196,6 +196,8 @@ def open_source(data, split, data_dir=None):
     path = Path(data)
     try:
         if path.suffix == ".npz" and path.is_file():
+            if not zipfile.is_zipfile(path):
+                raise zipfile.BadZipFile("it is no zip archive")
             return arrays_source(path, np.load(path, allow_pickle=False), split)
         if path.is_dir() and (path / f"{split}_images.npy").is_file():
             found = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in path.glob("*.npy")}

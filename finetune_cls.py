@@ -276,10 +276,9 @@ def prepare(args, device):
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
     held_out = data.open_source(args.data, args.eval_split, args.data_dir)
     if args.eval:  # weights from elsewhere have no class names: those of as many classes as the data has fit
-        classes = init["classes"] or held_out.classes
-        if len(classes) != model.head.out_features:
-            known = model.head.out_features
-            raise ValueError(f"{args.init} tells {known} classes apart, {args.data} has {len(classes)}")
+        known, classes = model.head.out_features, init["classes"] or held_out.classes
+        if len(classes) != known or len(held_out.classes) > known:
+            raise ValueError(f"{args.init} tells {known} classes apart, {args.data} has {len(held_out.classes)}")
     statistics = init["normalise"] if init else "half"
     held_out_set = LabelledViews(args, held_out, len(classes), False)
     data.check_names(held_out.classes, classes, held_out)

@@ -237,8 +237,8 @@ def draw_pictures(out, model, tokenizer, held_out, args, device):
 
 
 def build(args, tokenizer):
-    """The model of the recipe. Raises ValueError on unknown targets, and unless there is one token for each patch."""
-    for name, known in (("target", TARGETS), ("recover", RECOVER)):
+    """The model of the recipe. Raises ValueError on unknown names, and unless there is one token for each patch."""
+    for name, known in (("target", TARGETS), ("recover", RECOVER), ("normalise", data.STATISTICS)):
         if getattr(args, name) not in known:
             raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
     config = model_config(

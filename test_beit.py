@@ -1466,6 +1466,7 @@ def bad_inputs(arrays, made, tmp_path):
     (tmp_path / "half.pt").write_bytes((made / "beit" / "checkpoint.pt").read_bytes()[:20_000])
     torch.save({"kind": "pretraining", "config": {}, "model": Evil(tmp_path / "ran")}, tmp_path / "code.pt")
     (tmp_path / "half.npz").write_bytes(Path(arrays).read_bytes()[:5000])
+    (tmp_path / "noise.npz").write_bytes(bytes(range(256)))
     full = tmp_path / "full"
     full.mkdir()
     (full / "precious.txt").write_text("keep me")
@@ -1494,6 +1495,16 @@ def bad_inputs(arrays, made, tmp_path):
         "half a checkpoint": ("cls", ["--init", str(tmp_path / "half.pt")], "not a whole file of weights"),
         "code in a checkpoint": ("cls", ["--init", str(tmp_path / "code.pt")], "not a whole file of weights"),
         "no checkpoint": ("cls", ["--init", str(tmp_path / "none.pt")], "there is no checkpoint"),
+        "not a number": ("beit", ["--epochs", "nan"], "--epochs nan must be a finite number"),
+        "endless": ("beit", ["--epochs", "inf"], "--epochs inf must be a finite number"),
+        "negative number": ("cls", ["--labels-per-class", "-5"], "--labels-per-class -5 must be a finite number, 0 or"),
+        "no pixels": ("seg", ["--image-size", "0"], "--image-size 0 must be above 0"),
+        "no codes": ("tokenizer", ["--vocab-size", "0"], "--vocab-size 0 must be above 0"),
+        "share above 1": ("cls", ["--smoothing", "2.0"], "--smoothing 2.0 must be at most 1"),
+        "nothing kept": ("beit", ["--drop-path", "1"], "--drop-path 1.0 must be below 1"),
+        "seed": ("cls", ["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be from 0"),
+        "statistics": ("beit", ["--normalise", "foo"], "--normalise 'foo' is none of half, imagenet"),
+        "no archive": ("cls", ["--data", str(tmp_path / "noise.npz")], "not a whole array file"),
         "mask ratio": ("beit", ["--mask-ratio", "1.5"], "mask ratio 1.5 is outside (0, 1)"),
         "masking": ("beit", ["--masking", "spiral"], "masking 'spiral' is none of"),
         "no masking": ("beit", ["--masking", "none"], "--masking none leaves nothing to recover: add --recover all"),

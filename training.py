@@ -82,6 +82,26 @@ def recipe_parser(description, recipes):
     return parser
 
 
+# what a number of a recipe may be, beyond finite and not negative
+POSITIVE = {"image_size", "token_size", "vocab_size", "hidden", "groups", "blocks_per_group", "code_dim", "decoder_dim"}
+POSITIVE |= {"min_crop", "eval_crop", "min_scale", "max_scale", "tau", "layer_decay"}
+SHARES = {"min_crop", "eval_crop", "jitter", "erasing", "smoothing", "layer_decay"}  # at most 1
+BELOW_ONE = {"drop_path", "beta2", "ema"}
+
+
+def check_number(parser, name, value):
+    """Exit with status 2, naming the flag, if a number of a recipe is out of its range."""
+    wanted = [
+        ("a finite number, 0 or more", 0 <= value < math.inf),
+        ("above 0", value > 0 or name not in POSITIVE),
+        ("at most 1", value <= 1 or name not in SHARES),
+        ("below 1", value < 1 or name not in BELOW_ONE),
+    ]
+    for what, right in wanted:
+        if not right:
+            parser.error(f"--{name.replace('_', '-')} {value} must be {what}")
+
+
 def parse_recipe(parser, recipes, argv=None):
     """Parse, then fill what was not given from the recipe's column. Exits with status 2 on bad input."""
     args = parser.parse_args(argv)
@@ -99,6 +119,10 @@ def parse_recipe(parser, recipes, argv=None):
             setattr(args, name, row[COLUMNS.index(args.recipe)])
         if getattr(args, name) is None:
             parser.error(f"recipe {args.recipe!r} needs --{name.replace('_', '-')}: {row[-1]}")
+        if isinstance(getattr(args, name), (int, float)):
+            check_number(parser, name, getattr(args, name))
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} must be from 0 to 2**63 - 1")
     if getattr(args, "warmup_steps", 0) >= getattr(args, "steps", 1):
         parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}")
     if args.benchmark:
