@@ -1,7 +1,7 @@
 """BEiT's pre-training step beside other implementations of it, and the data path beside the step.
 
     pip install transformers timm Pillow        # what it is compared with; nothing else needs them
-    python benchmark.py                         # base model, 8 images a step: 13 minutes on two cores
+    python benchmark.py                         # base model, 8 images a step: 8 to 13 minutes on two cores
     python benchmark.py --images 64 --side-by-side bf16 tokenizer     # two of the comparisons, on a GPU for instance
 
 transformers is its BeitForMaskedImageModeling. "Released design" is the released pre-training code as it runs on timm's
