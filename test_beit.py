@@ -1578,7 +1578,7 @@ def test_readme_names_every_script_and_flag_that_exists():
     known |= set(training.recipe_parser("", {})._option_string_actions)
     known |= {"--init", "--tokenizer", "--eval", "--linear-probe", "--measure", "--max-restarts"}
     known |= {"--table", "--figure", "--grid14", "--seeds", "--readme", "--recompute"}
-    assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
+    assert set(re.findall(r"--[a-z][a-z0-9_-]+", text)) <= known
 
 
 # ---------------------------------------------------------------- weights from elsewhere
