@@ -125,8 +125,8 @@ def recovered_positions(recover, mask):
 def filled_positions(where, count):
     """Indices (image, i), int64 (count,) each, of True in bool (B, N) row by row, at most `count`, and then of others.
 
-    Masks differ in size. Always as many positions let torch.compile make one program for all steps, and the allocator
-    give the next step the memory of the last.
+    Masks differ in size. With `count` positions at every step torch.compile makes one program for all of them, and the
+    allocator gives the next step the memory of the last.
     """
     order = where.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
     return order // where.shape[1], order % where.shape[1]
