@@ -366,7 +366,10 @@ def duration(args, steps_per_epoch):
     """(steps, warm-up steps) of --epochs and --warmup-epochs. Raises ValueError if warm-up leaves no time."""
     steps, warmup = round(args.epochs * steps_per_epoch), round(args.warmup_epochs * steps_per_epoch)
     if steps < 1 or warmup >= steps:
-        raise ValueError(f"--epochs {args.epochs} gives {steps} steps, --warmup-epochs {args.warmup_epochs} {warmup}")
+        raise ValueError(
+            f"--epochs {args.epochs} gives {steps} steps, --warmup-epochs {args.warmup_epochs} {warmup} of them: "
+            "raise the first or lower the second"
+        )
     return steps, warmup
 
 
