@@ -308,11 +308,15 @@ def main(argv=None):
                         help="default: all")  # fmt: skip
     parser.add_argument("--only", choices=("ours", "transformers"), help="the peak memory of one, and nothing else")
     args = parser.parse_args(argv)
+    if min(args.images, args.repeats) < 1:
+        parser.error(f"--images {args.images} and --repeats {args.repeats} must be at least 1")
     device, *_ = training.setup(args.device)
     config = model_config("base", image_size=224)
     torch.manual_seed(0)
     if args.only:
         return only(args.only, config, args.images, device)
+    for peer in ("transformers", "timm.models.beit", "PIL.Image"):  # a missing one is found before minutes are spent
+        import_oracle(peer)
     print(f"{reproduce.machine()}, torch {torch.__version__}, {args.images} images a step, base model, medians of "
           f"{args.repeats}")  # fmt: skip
     wanted = args.side_by_side or (*COMPARISONS, "memory", "data")

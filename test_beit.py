@@ -1189,6 +1189,13 @@ def test_benchmark_of_several_takes_turns_on_the_same_batches():
     assert found.keys() == steps.keys() and all(seconds >= 0 for seconds in found.values())
 
 
+@pytest.mark.parametrize("flag", ["--images", "--repeats"])
+def test_benchmark_of_nothing_is_refused_before_it_begins(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main([flag, "0"])
+    assert f"{flag} 0" in capsys.readouterr().err
+
+
 def test_benchmarks_count_of_a_step_is_what_torch_counts():
     """By hand and by torch's counter, but for what is not counted by hand: block L's rows that nobody asks for."""
     config = beit.BeitConfig(dim=48, heads=3, depth=3, drop_path=0.0)
