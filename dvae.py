@@ -3,11 +3,12 @@
     x in (0,1)^(3 x H x W)  --q_phi(z|x)-->  z in V^(h x w)  --p_psi(x|z)-->  x again
 
 The networks are DALL-E's (Ramesh et al. 2021, appendix A): convolutional residual networks that
-downsample by 2 between groups, so `groups` 2, 3 or 4 give an h x w grid 2, 4 or 8 times coarser
-than the image. Two ways through the discrete bottleneck:
+downsample by 2 between groups, so 2, 3 or 4 groups give an h x w grid 2, 4 or 8 times coarser than
+the image. Three ways through the discrete bottleneck, each of which can be read alone:
 
-    quantizer="gumbel"  Gumbel-softmax relaxation, temperature tau, KL to the uniform prior.
-    quantizer="vq"      VQ-VAE (van den Oord et al. 2017): nearest code, straight-through gradient.
+    DVAE               Gumbel-softmax relaxation with temperature tau, KL to the uniform prior
+    VQVAE              VQ-VAE (van den Oord et al. 2017): nearest code, straight-through gradient
+    StandardisedDVAE   ours, not the paper's: a DVAE that keeps a small codebook from collapsing
 
 Images are float tensors (B, 3, H, W) in [0, 1]; tokens are int64 (B, h, w) in [0, |V|).
 Train it with train_tokenizer.py.
@@ -16,16 +17,14 @@ Train it with train_tokenizer.py.
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import training
+from plumbing import checkpoints, processes, published
 
-EPSILON = 0.1  # map_pixels keeps pixels this far (as a share) from 0 and 1, where logit(x) is infinite
+EPSILON = 0.1  # map_pixels keeps pixels this far from 0 and 1, where logit(x) is infinite
 
 
 @dataclass
@@ -39,7 +38,7 @@ class DVAEConfig:
     code_dim: int = 128  # width of the decoder's embedding of a code (and of VQ-VAE's codebook)
     quantizer: str = "gumbel"  # or "vq"
     likelihood: str = "logit-laplace"  # or "mse"
-    normalise_logits: bool = False  # Gumbel-softmax at small scale only: see DVAE
+    normalise_logits: bool = False  # StandardisedDVAE
 
     def __post_init__(self):
         if self.quantizer not in ("gumbel", "vq"):
@@ -49,7 +48,9 @@ class DVAEConfig:
         if not 2 <= self.groups <= 4:
             raise ValueError(f"groups {self.groups} must be 2, 3 or 4 (downsampling by 2, 4 or 8)")
         if self.hidden % 4:
-            raise ValueError(f"hidden {self.hidden} must be a multiple of 4: the bottleneck is a quarter")
+            raise ValueError(
+                f"hidden {self.hidden} must be a multiple of 4: the bottleneck is a quarter of it"
+            )
 
     @property
     def downsampling(self):
@@ -57,11 +58,11 @@ class DVAEConfig:
         return 2 ** (self.groups - 1)
 
 
-# ---------------------------------------------------------------- pixels and their likelihood
+# -------------------------------------------------------- pixels and their likelihood
 
 
 def map_pixels(x):
-    """[0, 1] -> [eps, 1 - eps], the range on which the logit-Laplace density is well behaved."""
+    """[0, 1] -> [eps, 1 - eps], the range in which the logit-Laplace density is well behaved."""
     return (1 - 2 * EPSILON) * x + EPSILON
 
 
@@ -71,11 +72,15 @@ def unmap_pixels(x):
 
 
 def logit_laplace_nll(x, mu, ln_b):
-    """-log f(x | mu, b) per pixel value, f = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)), x in (0, 1)."""
-    return (torch.logit(x) - mu).abs() * torch.exp(-ln_b) + ln_b + math.log(2) + torch.log(x * (1 - x))
+    """-log f(x | mu, b) per pixel value, x in (0, 1).
+
+    f = exp(-|logit(x) - mu| / b) / (2 b x (1 - x))
+    """
+    distance = (torch.logit(x) - mu).abs()
+    return distance * torch.exp(-ln_b) + ln_b + math.log(2) + torch.log(x * (1 - x))
 
 
-# ---------------------------------------------------------------- the two networks
+# -------------------------------------------------------- the two networks
 
 
 def conv(n_in, n_out, kernel):
@@ -123,138 +128,87 @@ def residual_groups(widths, kernels, blocks, resize):
 
 
 class Encoder(nn.Module):
-    """q_phi(z|x): (B, 3, H, W) mapped pixels -> (B, n_out, h, w); n_out = |V| logits, or VQ's code_dim."""
+    """q_phi(z|x): (B, 3, H, W) mapped pixels -> (B, n_out, h, w).
+
+    n_out: |V| for logits; for VQ-VAE the width of a code.
+    """
 
     def __init__(self, config, n_out):
         super().__init__()
         widths = [config.hidden] + [config.hidden * 2**g for g in range(config.groups)]
         groups = residual_groups(widths, (3, 3, 3, 1), config.blocks_per_group, nn.MaxPool2d(2))
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], n_out, 1)))
-        self.blocks = nn.Sequential(OrderedDict(input=conv(3, widths[0], 7), **groups, output=output))
+        parts = OrderedDict(input=conv(3, widths[0], 7), **groups, output=output)
+        self.blocks = nn.Sequential(parts)
 
     def forward(self, x):
         return self.blocks(x)
 
 
 class Decoder(nn.Module):
-    """p_psi(x|z): (B, n_in, h, w) codes, one-hot or relaxed -> (B, 6, H, W): mu and ln b for R, G, B."""
+    """p_psi(x|z): (B, n_in, h, w) codes, one-hot or relaxed -> (B, 6, H, W).
+
+    The output holds mu and ln b of the logit-Laplace for R, G, B.
+    """
 
     def __init__(self, config, n_in):
         super().__init__()
         widths = [config.code_dim] + [config.hidden * 2**g for g in reversed(range(config.groups))]
-        groups = residual_groups(widths, (1, 3, 3, 3), config.blocks_per_group, nn.Upsample(scale_factor=2))
+        upsample = nn.Upsample(scale_factor=2)
+        groups = residual_groups(widths, (1, 3, 3, 3), config.blocks_per_group, upsample)
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], 6, 1)))
-        # Its weight column k is the embedding of code k: on a one-hot input it is a table look-up.
-        self.blocks = nn.Sequential(OrderedDict(input=conv(n_in, widths[0], 1), **groups, output=output))
+        # Column k of the first convolution's weight is the embedding of code k.
+        parts = OrderedDict(input=conv(n_in, widths[0], 1), **groups, output=output)
+        self.blocks = nn.Sequential(parts)
 
     def forward(self, z):
         return self.blocks(z)
 
 
-# ---------------------------------------------------------------- Gumbel-softmax
+# -------------------------------------------------------- Gumbel-softmax
 
 
 def gumbel_softmax(logits, tau, e):
     """A relaxed sample of z ~ softmax(logits) over the last dimension: softmax((logits + g) / tau).
 
-    g = -log(e), with e ~ Exp(1) of the logits' shape, is Gumbel noise: argmax(logits + g) is an exact sample, and the
-    softmax tends to its one-hot vector as tau falls to 0.
+    g = -log(e), with e ~ Exp(1) of the logits' shape, is Gumbel noise: argmax(logits + g) is an
+    exact sample, and the softmax tends to its one-hot vector as tau falls to 0.
     """
     return torch.softmax((logits - e.clamp_min(1e-30).log()) / tau, dim=-1)
 
 
 def kl_to_uniform(logits):
-    """KL(q || uniform) = log|V| - entropy(q), in nats, of q = softmax(logits) over the last dimension; >= 0."""
+    """KL(q || uniform) = log|V| - entropy(q) >= 0, in nats, of q = softmax(logits)."""
     log_q = torch.log_softmax(logits, dim=-1)
     return math.log(logits.shape[-1]) + (log_q.exp() * log_q).sum(-1)
 
 
-# ---------------------------------------------------------------- the tokenizer
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes, for use in a loss: its gradient too is the sum of theirs."""
-
-    @staticmethod
-    def forward(context, values):
-        return training.all_sum(values.clone())
-
-    @staticmethod
-    def backward(context, gradient):
-        return training.all_sum(gradient.clone())
-
-
-class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation without scale and shift whose statistics are of the batches of all processes together.
-
-    torch's SyncBatchNorm does this on GPUs only.
-    """
-
-    def __init__(self, channels):
-        super().__init__(channels, affine=False)
-
-    def forward(self, x):
-        """(B, C, h, w) -> the same, each channel with mean 0 and variance 1 over the global batch (or as tracked)."""
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-
-        def mean_over_all(values):
-            return SumOverProcesses.apply(values.mean((0, 2, 3))) / dist.get_world_size()
-
-        mean = mean_over_all(x)
-        centred = x - mean[:, None, None]
-        variance = mean_over_all(centred.square())
-        with torch.no_grad():
-            n = x.numel() / x.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return centred * (variance + self.eps).rsqrt()[:, None, None]
-
-
 class DVAE(nn.Module):
-    """Encoder q_phi, discrete bottleneck, decoder p_psi. `loss` trains it, `tokens` is BEiT's tokenizer."""
+    """Encoder q_phi, Gumbel-softmax, decoder p_psi. `forward` is its loss, `tokens` BEiT's z."""
 
-    def __init__(self, config):
+    def __init__(self, config, channels=None):
+        """channels: of the grid between encoder and decoder; None: |V|."""
         super().__init__()
         self.config = config
-        vq = config.quantizer == "vq"
-        self.logit_norm = None
-        self.encoder = Encoder(config, config.code_dim if vq else config.vocab_size)
-        self.decoder = Decoder(config, config.code_dim if vq else config.vocab_size)
-        if vq:
-            self.codebook = nn.Parameter(torch.randn(config.vocab_size, config.code_dim))
-            self.register_buffer("usage", torch.zeros(config.vocab_size))
-        elif config.normalise_logits:
-            # Not in the paper. At small scale a few codes soon win everywhere, because the logits' offset per
-            # code outweighs what differs between places. Standardising each code's logit over the batch
-            # removes that offset; the learned scale then decides how sharp q is.
-            self.logit_norm = GlobalBatchNorm(config.vocab_size)
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))
-        # Variance of the Gaussian that mean squared error stands for: running mean of the training error.
+        channels = channels or config.vocab_size
+        self.encoder = Encoder(config, channels)
+        self.decoder = Decoder(config, channels)
+        # With likelihood "mse", the variance of p_psi: running mean of the squared error.
         self.register_buffer("pixel_variance", torch.tensor(1.0))
-        self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, here and on GPUs
+        self.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
     def encode(self, x):
-        """Images (B, 3, H, W) in [0, 1] -> logits (B, h, w, |V|) of q_phi(z|x); VQ: z_e(x), (B, h, w, code_dim).
+        """Images (B, 3, H, W) in [0, 1] -> logits of q_phi(z|x), float32 (B, h, w, |V|).
 
         The convolutions follow autocast; softmax and argmax over thousands of codes get float32.
         """
-        y = self.encoder(map_pixels(x).contiguous(memory_format=torch.channels_last)).float()
-        if self.logit_norm is not None:
-            y = self.logit_norm(y) * self.logit_scale.exp()
-        return y.permute(0, 2, 3, 1)
-
-    def code_distance(self, z_e):
-        """Squared Euclidean distance of (..., code_dim) to every code, up to |z_e|²: (..., |V|)."""
-        with torch.autocast(z_e.device.type, enabled=False):  # near codes differ by less than bf16 resolves
-            return self.codebook.pow(2).sum(1) - 2 * z_e @ self.codebook.T
+        x = map_pixels(x).contiguous(memory_format=torch.channels_last)
+        return self.encoder(x).float().permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def tokens(self, x):
-        """z: the likeliest code of every place, without noise; VQ: the nearest. (B, 3, H, W) -> int64 (B, h, w)."""
-        y = self.encode(x)
-        return self.code_distance(y).argmin(-1) if self.config.quantizer == "vq" else y.argmax(-1)
+        """z, the likeliest code at each position, no noise: (B, 3, H, W) -> int64 (B, h, w)."""
+        return self.encode(x).argmax(-1)
 
     def decode_codes(self, codes):
         """Codes, channels last (B, h, w, n) -> mu and ln b, each (B, 3, H, W)."""
@@ -262,8 +216,6 @@ class DVAE(nn.Module):
 
     def decode_parameters(self, z):
         """p_psi(x|z) of hard tokens int64 (B, h, w): mu and ln b, each (B, 3, H, W)."""
-        if self.config.quantizer == "vq":
-            return self.decode_codes(self.codebook[z])
         first = self.decoder.blocks.input  # a 1x1 convolution of one-hot codes is a table look-up
         codes = F.embedding(z, first.weight.flatten(1).T) + first.bias  # (B, h, w, code_dim)
         return self.decoder.blocks[1:](codes.permute(0, 3, 1, 2)).float().chunk(2, dim=1)
@@ -273,165 +225,175 @@ class DVAE(nn.Module):
         mu, _ = self.decode_parameters(z)
         return unmap_pixels(torch.sigmoid(mu))
 
-    def negative_log_likelihood(self, x, mu, ln_b):
-        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,). A density over [0, 1]^(3HW)."""
-        if self.config.likelihood == "mse":
-            squared = (x - self.mean(mu)).pow(2)
-            nll = squared / (2 * self.pixel_variance) + (2 * math.pi * self.pixel_variance).log() / 2
-        else:  # change of variables from map_pixels(x) back to x
-            nll = logit_laplace_nll(map_pixels(x), mu, ln_b) - math.log(1 - 2 * EPSILON)
-        return nll.flatten(1).sum(1)
-
     def mean(self, mu):
         """Predicted pixels before clipping: the inverse of map_pixels on sigmoid(mu)."""
         return (torch.sigmoid(mu) - EPSILON) / (1 - 2 * EPSILON)
 
-    def loss(self, x, tau, beta, e=None):
-        """Stage 1's objective on images (B, 3, H, W) in [0, 1]: (loss, its terms, what `track` wants to know).
+    def negative_log_likelihood(self, x, mu, ln_b):
+        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,).
 
-        The bound of the VAE with the KL weighted by beta, in sums over one image that are both divided by
-        the number of its pixel values 3HW: averaging one of them over something else makes the codebook
-        collapse or blur. Terms: `reconstruction` (nats or squared error per pixel value) and, for Gumbel-softmax,
-        `kl` (nats per token). VQ has no KL: its `codebook` term is a mean squared distance of its own.
-        e: Exp(1) noise for the Gumbel-softmax, (B, h, w, |V|).
+        A density over [0, 1]^(3HW).
         """
-        values = x[0].numel()  # 3HW
-        y = self.encode(x)
-        if self.config.quantizer == "vq":
-            codes, z_q, z = self.straight_through(y)
-            # Codes move to the encoder's outputs, and with a quarter of that pull outputs commit to codes.
-            gap = (z_q - y.detach()).pow(2).mean() + 0.25 * (z_q.detach() - y).pow(2).mean()
-            extra, terms = gap, {"codebook": gap.detach()}
-        else:
-            codes = gumbel_softmax(y, tau, e)
-            kl = kl_to_uniform(y)  # of q itself, not of the noisy sample: (B, h, w)
-            extra, terms = beta * kl.sum((1, 2)).mean() / values, {"kl": kl.detach().mean()}
+        if self.config.likelihood == "mse":  # a Gaussian around the predicted pixels
+            squared = (x - self.mean(mu)).pow(2)
+            variance = self.pixel_variance
+            nll = squared / (2 * variance) + (2 * math.pi * variance).log() / 2
+        else:  # change of variables from map_pixels(x) back to x
+            nll = logit_laplace_nll(map_pixels(x), mu, ln_b) - math.log(1 - 2 * EPSILON)
+        return nll.flatten(1).sum(1)
+
+    def reconstruction(self, x, codes):
+        """(loss of decoding the relaxed codes per pixel value, squared error per pixel value)."""
         mu, ln_b = self.decode_codes(codes)
         squared_error = (x - self.mean(mu)).pow(2).mean()
         if self.config.likelihood == "mse":
-            reconstruction = squared_error
-        else:
-            reconstruction = self.negative_log_likelihood(x, mu, ln_b).mean() / values
-        seen = [squared_error.detach()]
-        if self.config.quantizer == "vq":
-            seen.append(torch.bincount(z.flatten(), minlength=self.config.vocab_size).float())
-        return reconstruction + extra, {"reconstruction": reconstruction.detach(), **terms}, seen
+            return squared_error, squared_error
+        nll = self.negative_log_likelihood(x, mu, ln_b).mean() / x[0].numel()
+        return nll, squared_error
 
-    def forward(self, x, tau, beta, e=None):
-        """The loss, under the name that DistributedDataParallel and torch.compile call."""
-        return self.loss(x, tau, beta, e)
+    def forward(self, x, tau, beta, e):
+        """Stage 1's loss (eq. 2's bound for the dVAE alone): (loss, its terms, batch statistics).
 
-    def track(self, squared_error, counts=None):
-        """Running statistics, once a step, of the global batch: its mean squared error and, VQ, each code's count."""
-        self.pixel_variance.lerp_(squared_error, 0.02)
-        if counts is not None:
-            self.usage.mul_(0.99).add_(counts)
+        x: (B, 3, H, W) in [0, 1]; tau: temperature; beta: weight of the KL; e: Exp(1) noise of
+        shape (B, h, w, |V|). Both terms are sums over one image divided by its number of pixel
+        values 3HW. Averaging one of them over something else makes the codebook collapse or blur.
+        Terms: `reconstruction` per pixel value, `kl` in nats per token. Statistics: for `track`.
+        """
+        logits = self.encode(x)
+        reconstruction, squared_error = self.reconstruction(x, gumbel_softmax(logits, tau, e))
+        kl = kl_to_uniform(logits)  # of q itself, not of the noisy sample: (B, h, w)
+        loss = reconstruction + beta * kl.sum((1, 2)).mean() / x[0].numel()
+        terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach().mean()}
+        return loss, terms, [squared_error.detach()]
 
-    # VQ-VAE only
+    def track(self, squared_errors):
+        """Update running statistics once a step, from the statistics of its passes."""
+        mean = processes.all_mean(sum(squared_errors) / len(squared_errors))
+        self.pixel_variance.lerp_(mean, 0.02)
+
+
+# -------------------------------------------------------- VQ-VAE
+
+
+class VQVAE(DVAE):
+    """VQ-VAE's bottleneck on the same networks: the nearest of |V| learned codes.
+
+    `encode` gives the encoder's outputs z_e(x), (B, h, w, code_dim), in place of logits.
+    """
+
+    def __init__(self, config):
+        super().__init__(config, channels=config.code_dim)
+        self.codebook = nn.Parameter(torch.randn(config.vocab_size, config.code_dim))
+        self.register_buffer("usage", torch.zeros(config.vocab_size))
+
+    def code_distance(self, z_e):
+        """Squared distance of (..., code_dim) to every code, up to |z_e|²: (..., |V|)."""
+        # In bf16 near codes could not be told apart.
+        with torch.autocast(z_e.device.type, enabled=False):
+            return self.codebook.pow(2).sum(1) - 2 * z_e @ self.codebook.T
+
+    @torch.no_grad()
+    def tokens(self, x):
+        """z, the nearest code at each position: (B, 3, H, W) -> int64 (B, h, w)."""
+        return self.code_distance(self.encode(x)).argmin(-1)
+
+    def decode_parameters(self, z):
+        """p_psi(x|z) of hard tokens int64 (B, h, w): mu and ln b, each (B, 3, H, W)."""
+        return self.decode_codes(self.codebook[z])
 
     def straight_through(self, z_e):
-        """(codes for the decoder: value of z_q, gradient to z_e; z_q), both (B, h, w, code_dim), and z (B, h, w)."""
+        """z_e (B, h, w, code_dim) -> codes with value z_q and the gradient of z_e; z_q; z."""
         z = self.code_distance(z_e.detach()).argmin(-1)
         z_q = self.codebook[z]
         return z_e + (z_q - z_e).detach(), z_q, z
 
+    def forward(self, x, tau, beta, e):
+        """VQ-VAE's loss, as DVAE.forward; tau, beta and e, which it does not need, are ignored.
+
+        Terms: `codebook`, a mean squared distance, in place of `kl`.
+        """
+        z_e = self.encode(x)
+        codes, z_q, z = self.straight_through(z_e)
+        # Codes move to the encoder's outputs. The commitment term (0.25) pulls outputs to codes.
+        codebook = (z_q - z_e.detach()).pow(2).mean() + 0.25 * (z_q.detach() - z_e).pow(2).mean()
+        reconstruction, squared_error = self.reconstruction(x, codes)
+        terms = {"reconstruction": reconstruction.detach(), "codebook": codebook.detach()}
+        counts = torch.bincount(z.flatten(), minlength=self.config.vocab_size).float()
+        return reconstruction + codebook, terms, [squared_error.detach(), counts]
+
+    def track(self, squared_errors, counts):
+        """Also update the running count of each code."""
+        super().track(squared_errors)
+        self.usage.mul_(0.99).add_(processes.all_sum(sum(counts)))
+
     @torch.no_grad()
     def revive_codes(self, parts, rank, world, seed):
-        """Put codes that nothing uses on random encoder outputs of the global batch: VQ's cure for index collapse.
+        """Move unused codes to random encoder outputs of the global batch.
 
-        parts: this process's images in pieces that fit its memory. At the first call no code has been used, so it is
-        also the data-driven initialisation.
+        This cures VQ-VAE's index collapse. In the first call no code has been used, so it is also
+        the data-driven initialisation. parts: this process's images in pieces that fit in memory.
         """
-        z_e = torch.cat([self.encode(part) for part in parts]).flatten(0, 2)  # (places of this process, code_dim)
+        z_e = torch.cat([self.encode(part) for part in parts]).flatten(0, 2)  # (n, code_dim)
         generator = torch.Generator().manual_seed(seed)
-        place = torch.randint(len(z_e) * world, self.usage.shape, generator=generator).to(z_e.device)
+        place = torch.randint(len(z_e) * world, self.usage.shape, generator=generator)
+        place = place.to(z_e.device)
         mine = place // len(z_e) == rank
         fresh = torch.zeros_like(self.codebook)
         fresh[mine] = z_e[place[mine] % len(z_e)]
-        training.all_sum(fresh)  # each code's row comes from the one process that has its place
+        processes.all_sum(fresh)  # each row comes from the one process that holds its place
         dead = self.usage < 0.1
         self.codebook[dead] = fresh[dead]
         self.usage[dead] = 1.0
 
 
-# ---------------------------------------------------------------- loading
+# -------------------------------------------------------- ours, not the paper's
 
 
-class Record:
-    """What a pickled module becomes here: its attributes, without its code."""
+class StandardisedDVAE(DVAE):
+    """A DVAE whose logits are standardised: --normalise-logits.
+
+    At small scale a few codes soon win everywhere, because each code's mean logit outweighs what
+    differs between positions. Standardising each code's logit over the batch (of all processes)
+    removes that mean. One learned scale then decides how sharp q is.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.logit_norm = processes.GlobalBatchNorm(config.vocab_size)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))
+
+    def encode(self, x):
+        """Standardised logits of q_phi(z|x): as DVAE.encode."""
+        logits = super().encode(x).permute(0, 3, 1, 2)  # a view: (B, |V|, h, w)
+        return (self.logit_norm(logits) * self.logit_scale.exp()).permute(0, 2, 3, 1)
 
 
-# The classes in DALL-E's encoder.pkl and decoder.pkl, which are whole modules. Each is read as a Record; any other name
-# in a pickle, such as a function to call, is refused by torch's restricted unpickler.
-DALLE_CLASSES = (
-    "dall_e.encoder.Encoder",
-    "dall_e.encoder.EncoderBlock",
-    "dall_e.decoder.Decoder",
-    "dall_e.decoder.DecoderBlock",
-    "dall_e.utils.Conv2d",
-    "torch.nn.modules.container.Sequential",
-    "torch.nn.modules.linear.Identity",
-    "torch.nn.modules.activation.ReLU",
-    "torch.nn.modules.pooling.MaxPool2d",
-    "torch.nn.modules.upsampling.Upsample",
-)
+# -------------------------------------------------------- which of the three
 
 
-def parameters_of(record, prefix=""):
-    """{name: tensor} of a module that was read as a Record; DALL-E's `w` and `b` become `weight` and `bias`."""
-    found = {
-        prefix + {"w": "weight", "b": "bias"}.get(name, name): tensor.detach().float()
-        for name, tensor in record._parameters.items()
-        if tensor is not None
-    }
-    for name, child in record._modules.items():
-        found |= parameters_of(child, f"{prefix}{name}.")
-    return found
-
-
-def read_pickled_module(path):
-    """{name: tensor} of one of DALL-E's files. Raises ValueError if it is not one, or wants to run code."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: dalle:FOLDER names a folder with DALL-E's encoder.pkl and decoder.pkl")
-    try:
-        with torch.serialization.safe_globals([(Record, name) for name in DALLE_CLASSES]):
-            return parameters_of(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # damaged, foreign or hostile: half a dozen kinds
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        refused = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), reason[0])
-        raise ValueError(f"{path} is refused: not a file of DALL-E's tokenizer ({refused})") from error
-
-
-def load_dalle(folder):
-    """DALL-E's published tokenizer from FOLDER/encoder.pkl and decoder.pkl, its sizes inferred from the tensors."""
-    encoder, decoder = (read_pickled_module(Path(folder) / f"{part}.pkl") for part in ("encoder", "decoder"))
-    try:
-        vocab_size, code_dim = encoder["blocks.output.conv.weight"].shape[0], decoder["blocks.input.weight"].shape[0]
-        hidden = encoder["blocks.input.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"{folder}: encoder.pkl and decoder.pkl are not DALL-E's: they have no {error}") from error
-    groups = len({key.split(".")[1] for key in encoder if ".group_" in key})
-    blocks = len({key.split(".")[2] for key in encoder if ".group_1." in key})
-    config = DVAEConfig(vocab_size, hidden, groups, blocks, code_dim)
-    model = DVAE(config)
-    for part, state in ((model.encoder, encoder), (model.decoder, decoder)):
-        try:
-            part.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder}: these tensors are not those of DALL-E's networks: {reason}") from error
-    return model
+def build(config):
+    """The model of a DVAEConfig."""
+    if config.quantizer == "vq":
+        return VQVAE(config)
+    return StandardisedDVAE(config) if config.normalise_logits else DVAE(config)
 
 
 def load_tokenizer(name):
     """The frozen tokenizer of --tokenizer: a checkpoint.pt of train_tokenizer.py, or dalle:FOLDER.
 
-    Averaged weights where a checkpoint has them. Raises ValueError if it cannot be read.
+    FOLDER holds DALL-E's published encoder.pkl and decoder.pkl. Averaged weights where a checkpoint
+    has them. Raises ValueError if it cannot be read.
     """
     if str(name).startswith("dalle:"):
-        model = load_dalle(str(name).removeprefix("dalle:"))
+        config, state = published.read_dalle(str(name).removeprefix("dalle:"))
+        state["pixel_variance"] = torch.tensor(1.0)  # theirs is a logit-Laplace likelihood
     else:
-        state = training.load_checkpoint(name, "tokenizer")
-        model = DVAE(DVAEConfig(**state["config"]))
-        model.load_state_dict(state.get("average", state["model"]))
+        saved = checkpoints.load(name, "tokenizer")
+        config, state = saved["config"], saved.get("average", saved["model"])
+    model = build(DVAEConfig(**config))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: these tensors do not fit the tokenizer: {reason}") from error
     return model.requires_grad_(False).eval()

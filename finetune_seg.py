@@ -1,78 +1,84 @@
-"""Semantic segmentation (section 2.6): BEiT as the encoder, several deconvolution layers as the decoder.
+"""Semantic segmentation (section 2.6): BEiT encodes, several deconvolution layers decode.
 
-    python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg                 # drawn shapes, on a CPU
-    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2                 # intermediate fine-tuning
-    python finetune_seg.py --eval --init runs/seg/checkpoint.pt                          # evaluate only
-    torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --init runs/beit/checkpoint.pt \\
-        --out runs/seg --workers 8                                                       # one node of GPUs
-    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 finetune_seg.py ...    # on each node
+    python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg
+    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2      # intermediate f.-t.
+    python finetune_seg.py --eval --init runs/seg/checkpoint.pt               # evaluate only
+    torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --workers 8 \\
+        --init runs/beit/checkpoint.pt --out runs/seg                         # one node of GPUs
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 finetune_seg.py ...
 
 --batch-size is the global batch: processes x accumulation passes x images per pass.
-OUT: checkpoint.pt, metrics.jsonl, segmentation.png (image, truth, prediction), loss.png.
+OUT: checkpoint.pt, metrics.jsonl, segmentation.png (image, truth, prediction), loss.svg.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import training
-from beit import (
-    RECOMPUTE,
-    Beit,
-    BeitConfig,
-    finetuned_config,
-    init_weight,
-    load_backbone,
-    load_pretrained,
-    parameter_groups,
-)
+from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
+from images import batches, sets, sources
+from images.masked import MaskedImages, colours
+from plumbing import command_line, log, noise, pictures, processes, published, schedules
+from plumbing.run import Run
 
 RECIPES = {
-    # name: (demo, fashion, base, large, help). base is the paper's appendix, for ADE20K.
-    "data": ("shapes", "fashion-scenes", None, None, "data set with masks: a name or a path, see data.py"),
-    "image_size": (24, 28, 512, 512, "pixels of the crop; larger images are evaluated by a sliding window"),
-    "train_images": (800, 200, 0, 0, "train on so many images, drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "base", "large", "size with --init random; a checkpoint brings its own"),
+    # name: (demo, fashion, base, large, help). base: the paper's appendix, for ADE20K.
+    "data": ("shapes", "fashion-scenes", None, None, "data set with masks (docs/data.md)"),
+    "image_size": (24, 28, 512, 512, "pixels of the crop and of the evaluation's sliding window"),
+    "train_images": (800, 200, 0, 0, "train on this many images drawn by the seed; 0: all"),
+    "model": ("tiny", "tiny", "base", "large", "size with --init random; checkpoints have theirs"),
     "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
     "decoder_dim": (64, 64, 256, 256, "channels between the deconvolution layers"),
     # augmentation
-    "min_scale": (1.0, 1.0, 0.5, 0.5, "smallest factor by which a training image is resized before the crop"),
-    "max_scale": (1.0, 1.0, 2.0, 2.0, "largest such factor"),
-    "short_side": (0, 0, 512, 512, "the short side of every image is resized to this first; 0: left as it is"),
+    "min_scale": (1.0, 1.0, 0.5, 0.5, "smallest factor to resize a training image by"),
+    "max_scale": (1.0, 1.0, 2.0, 2.0, "largest such factor; the crop follows"),
+    "short_side": (0, 0, 512, 512, "resize every image's short side to this first; 0: do not"),
     "flip": (True, True, True, True, "mirror half of the images"),
     "photometric": (False, False, True, True, "vary brightness, contrast and saturation"),
     # optimisation
     "steps": (100, 300, 160_000, 160_000, "optimisation steps"),
-    "warmup_steps": (10, 30, 1500, 1500, "of linear warm-up; then linear to 0"),
-    "batch_size": (16, 32, 16, 16, "images per step, all processes together"),
+    "warmup_steps": (10, 30, 1500, 1500, "steps of linear warm-up; then linear to 0"),
+    "batch_size": (16, 32, 16, 16, "images per step of all processes; scale lr with it"),
     "lr": (1.6e-2, 8e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
-    "layer_decay": (0.5, 0.5, 0.65, 0.75, "learning rate of a layer relative to the next; 1 suits random weights"),
+    "layer_decay": (0.5, 0.5, 0.65, 0.75, "lr of a layer over that of the next; 1: all alike"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (500, 1000, 2000, 2000, "held-out images to evaluate on, at most"),
+    "eval_images": (500, 1000, 2000, 2000, "largest number of held-out images to evaluate on"),
     "save_every": (1000, 1000, 16_000, 16_000, "steps between evaluations and checkpoints"),
-}
+}  # fmt: skip
 KIND = "segmentation"  # of its checkpoints
 
 
+# -------------------------------------------------------- the decoder
+
+
 def upsample(n_in, n_out):
-    """One deconvolution layer, to twice the size. GroupNorm: its result does not depend on the rest of the batch."""
+    """One deconvolution layer, to twice the size.
+
+    GroupNorm, so that an image's result does not depend on the rest of the batch.
+    """
     layer = nn.ConvTranspose2d(n_in, n_out, kernel_size=4, stride=2, padding=1)
     return nn.Sequential(layer, nn.GroupNorm(8, n_out), nn.GELU())
 
 
 class BeitForSegmentation(Beit):
-    """Patch outputs h_i^L as a grid, log2(P) deconvolutions to full size (SETR-PUP's way), a linear classifier."""
+    """Patch outputs h_i^L as a grid, log2(P) deconvolutions to full size, a linear classifier.
+
+    Progressive upsampling as in SETR-PUP. Raises ValueError if P is not a power of 2.
+    """
 
     def __init__(self, config, classes, decoder_dim):
         super().__init__(config)
         stages = int(math.log2(config.patch_size))
         if 2**stages != config.patch_size:
-            raise ValueError(f"patch size {config.patch_size} is not a power of 2: each deconvolution doubles the size")
+            raise ValueError(
+                f"patch size {config.patch_size} is not a power of 2: each deconvolution doubles "
+                "the size"
+            )
         self.classes, self.decoder_dim = classes, decoder_dim
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         widths = [config.dim] + [decoder_dim] * stages
@@ -81,16 +87,17 @@ class BeitForSegmentation(Beit):
         init_weight(self.decoder[-1].weight)
 
     def forward(self, x, u=None):
-        """Logits of every pixel: (B, 3, H, W) -> (B, C, H, W). u: stochastic depth's, see Beit.forward."""
+        """Logits of every pixel: (B, 3, H, W) -> (B, C, H, W). u: see Beit.forward."""
         h = self.norm(super().forward(x, u=u)[:, 1:])  # (B, N, D)
-        grid = h.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))  # (B, D, h, w)
-        return self.decoder(grid)
+        side = self.config.grid
+        return self.decoder(h.transpose(1, 2).unflatten(2, (side, side)))  # from (B, D, h, w)
 
 
 def slide(model, x):
-    """Logits for images of any size not below the crop: windows of the crop, two thirds apart, averaged.
+    """Logits for images of at least the crop's size, by a sliding window (appendix).
 
-    (B, 3, H, W) -> (B, C, H, W). The last window of a row or column is moved back inside the image.
+    (B, 3, H, W) -> (B, C, H, W). Windows of the crop are two thirds of it apart and averaged where
+    they overlap. The last window of a row or column is moved back inside the image.
     """
     size = model.config.image_size
     H, W = x.shape[-2:]
@@ -105,12 +112,12 @@ def slide(model, x):
     return total / visits
 
 
-# ---------------------------------------------------------------- mean intersection over union
+# -------------------------------------------------------- mean intersection over union
 
 
 def confusion_matrix(truth, guess, classes):
-    """Pixel counts (C, C): row = true class, column = predicted class; IGNORE pixels do not count."""
-    counted = truth != data.IGNORE
+    """Pixel counts (C, C): row = true class, column = predicted; IGNORE pixels do not count."""
+    counted = truth != sources.IGNORE
     truth, guess = truth[counted].long(), guess[counted].long()
     return torch.bincount(truth * classes + guess, minlength=classes**2).view(classes, classes)
 
@@ -118,7 +125,7 @@ def confusion_matrix(truth, guess, classes):
 def mean_iou(matrix):
     """(mIoU, pixel accuracy) in percent from one confusion matrix over the whole set.
 
-    Intersection over union of each class that occurs in truth or prediction, averaged over those classes.
+    Intersection over union of each class that occurs in truth or prediction, averaged over them.
     """
     matrix = matrix.double()
     hit = matrix.diagonal()
@@ -127,238 +134,122 @@ def mean_iou(matrix):
     return 100 * iou.mean().item(), 100 * (hit.sum() / matrix.sum()).item()
 
 
-# ---------------------------------------------------------------- images and masks
-
-
-def resize(image, mask, height, width):
-    """Image (1, 3, H, W) bilinear, antialiased; mask (1, 1, H, W) nearest; both float."""
-    if image.shape[-2:] == (height, width):
-        return image, mask
-    image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
-    return image, F.interpolate(mask, (height, width), mode="nearest-exact")
-
-
-def pad(image, mask, size):
-    """Pad right and bottom to at least size x size: black, and IGNORE."""
-    right, bottom = max(0, size - image.shape[-1]), max(0, size - image.shape[-2])
-    return F.pad(image, (0, right, 0, bottom)), F.pad(mask, (0, right, 0, bottom), value=data.IGNORE)
-
-
-class MaskedImages(data.Samples):
-    """Images with per-pixel classes. A batch of keys (epoch, index) gives uint8 images (B, 3, S, S), masks (B, S, S).
-
-    Training: resize by a random factor, a random crop S x S with at most 75 % of one class (ten tries), flip,
-    photometric distortion. Evaluation: one whole image at a time, padded to at least S x S.
-    """
-
-    def __init__(self, args, source, classes, train):
-        if source.masks is None:
-            raise ValueError(
-                f"{source.name}: it has no masks to learn segmentation from; of the named sets shapes and "
-                "fashion-scenes have them"
-            )
-        super().__init__(source, train, args.seed)
-        self.args, self.classes = args, classes
-        if isinstance(source, data.Arrays):  # files are checked as they are read
-            self.check(source.masks)
-
-    def check(self, masks):
-        """Raise ValueError if a mask value is neither a class nor IGNORE."""
-        for part in masks:
-            wrong = part[(part != data.IGNORE) & (part >= self.classes)]
-            if len(wrong) == 0:
-                continue
-            raise ValueError(
-                f"{self.source.name}: mask value {int(wrong[0])} is out of range for {self.classes} classes "
-                f"({data.IGNORE}: ignored)"
-            )
-
-    def one(self, key):
-        """Image (1, 3, H, W) and mask (1, 1, H, W) of one key, as float."""
-        args, size = self.args, self.args.image_size
-        image, mask = self.read([key[1]], self.source.read, self.source.read_masks)
-        image = torch.from_numpy(image).permute(0, 3, 1, 2).float()
-        mask = torch.from_numpy(mask)[:, None].float()
-        if image.shape[-2:] != mask.shape[-2:]:
-            raise ValueError(f"{self.source.name} {key[1]}: image {image.shape[-2:]} and mask {mask.shape[-2:]} differ")
-        rng = data.sample_rng(args.seed, *key)
-        factor = args.short_side / min(image.shape[-2:]) if args.short_side else 1
-        factor *= rng.uniform(args.min_scale, args.max_scale) if self.train else 1
-        height, width = (round(side * factor) for side in image.shape[-2:])
-        image, mask = pad(*resize(image, mask, height, width), size)
-        if not self.train:
-            return image, mask
-        for _ in range(10):
-            top = rng.randint(0, image.shape[-2] - size)
-            left = rng.randint(0, image.shape[-1] - size)
-            crop = mask[..., top : top + size, left : left + size]
-            counts = torch.bincount(crop[crop != data.IGNORE].long())
-            if size == mask.shape[-1] == mask.shape[-2] or (len(counts) and counts.max() <= 0.75 * counts.sum()):
-                break
-        image, mask = image[..., top : top + size, left : left + size], crop
-        if args.flip and rng.random() < 0.5:
-            image, mask = image.flip(3), mask.flip(3)
-        if args.photometric:
-            strengths = [[rng.uniform(1 - s, 1 + s) for s in (0.125, 0.5, 0.5)]]
-            image = data.colour_jitter(image / 255, torch.tensor(strengths)) * 255
-        return image, mask
-
-    def __getitems__(self, keys):
-        images, masks = (torch.cat(parts) for parts in zip(*map(self.one, keys)))
-        masks = masks[:, 0].byte()
-        self.check(masks)
-        return [images.round().clamp(0, 255).byte(), masks]
-
-
-# ---------------------------------------------------------------- training
-
-
 @torch.no_grad()
-def evaluate(model, held_out, args, statistics, device, rank, world, autocast):
-    """miou and pixel_accuracy in percent on held-out images, from one confusion matrix over all processes."""
+def evaluate(model, held_out, args, normalise, process):
+    """miou and pixel_accuracy in percent on held-out images, from one confusion matrix."""
     model.eval()
+    device = process.device
     matrix = torch.zeros(model.classes, model.classes, dtype=torch.int64, device=device)
-    same_size = isinstance(held_out.source, data.Arrays)  # files come in any size: one at a time
-    batch_size = max(1, args.batch_size // world // args.accumulate) if same_size else 1
-    for images, masks in data.eval_batches(held_out, batch_size, args.eval_images, rank, world, args.workers):
-        x = data.normalise(data.to_float(images, device), statistics)
-        with autocast():
+    for images, masks in batches.eval_batches(held_out, args, process):
+        x = batches.standardise(batches.to_float(images, device), normalise)
+        with process.autocast():
             guess = slide(model, x).argmax(1)  # (B, H, W)
         matrix += confusion_matrix(masks.to(device), guess, model.classes)
-    miou, pixel_accuracy = mean_iou(training.all_sum(matrix))
+    miou, pixel_accuracy = mean_iou(processes.all_sum(matrix))
     model.train()
     return {"miou": miou, "pixel_accuracy": pixel_accuracy}
 
 
-def colours(masks):
-    """A colour for each class, (B, H, W) -> (B, 3, H, W): class 0 black, the rest around the hue circle."""
-    hue = masks.float()[:, None] * 2.4  # the golden angle keeps neighbours apart
-    rgb = 0.55 + 0.45 * torch.cos(hue + torch.tensor([0.0, 2.1, 4.2], device=masks.device).view(1, 3, 1, 1))
-    return torch.where(masks[:, None] == 0, 0.0, torch.where(masks[:, None] == data.IGNORE, 1.0, rgb))
-
-
 @torch.no_grad()
-def draw_pictures(out, model, held_out, args, statistics, device):
-    """segmentation.png: image, truth, prediction, of up to twelve held-out images' top left crops; loss.png."""
+def draw_pictures(model, held_out, args, normalise, process, out):
+    """segmentation.png: image, truth, prediction of twelve held-out images' top left crops."""
     size = args.image_size
-    some = [held_out.__getitems__([(-1, i)]) for i in range(min(12, len(held_out)))]
-    images, masks = (torch.cat([part[..., :size, :size] for part in parts]) for parts in zip(*some))
-    x = data.to_float(images, device)
+    keys = [(-1, index) for index in range(min(12, len(held_out)))]
+    samples = [held_out.__getitems__([key]) for key in keys]
+    crops = ([part[..., :size, :size] for part in parts] for parts in zip(*samples))
+    images, masks = (torch.cat(parts) for parts in crops)
+    x = batches.to_float(images, process.device)
     model.eval()
-    guess = model(data.normalise(x, statistics)).argmax(1)
-    training.picture(out / "segmentation.png", [x, colours(masks.to(device)), colours(guess)])
-    training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
+    guess = model(batches.standardise(x, normalise)).argmax(1)
+    rows = [x, colours(masks.to(process.device)), colours(guess)]
+    pictures.picture(out / "segmentation.png", rows)
 
 
-def prepare(args, device):
-    """(model, training set or None with --eval, held-out set, pixel statistics, class names)."""
-    init = None
-    if args.init != "random":
-        kinds = (KIND,) if args.eval else ("pretraining", "classification", KIND)
-        init = load_pretrained(args.init, *kinds)
-    train_set = None
-    if args.eval:
-        classes = init["classes"]
-        model = BeitForSegmentation(BeitConfig(**init["config"]), len(classes), init["decoder_dim"])
-        model.load_state_dict(init["model"])
-        args.image_size = model.config.image_size
-    else:
-        source = data.open_source(args.data, "train", args.data_dir)
-        classes = source.mask_classes
-        train_set = MaskedImages(args, source, len(classes), True)
-        if args.train_images:
-            train_set.source = data.random_subset(source, args.train_images, args.seed)
-        config = finetuned_config(init, args.model, args.image_size, args.drop_path)
-        torch.manual_seed(args.seed)
-        model = BeitForSegmentation(config, len(classes), args.decoder_dim)
-        if init:  # a segmenter of the same classes goes on with its decoder
-            same = init["kind"] == KIND and (init["classes"], init["decoder_dim"]) == (classes, args.decoder_dim)
-            load_backbone(model, init["model"], with_head=same)
-    held_out = data.open_source(args.data, args.eval_split, args.data_dir)
-    statistics = init["normalise"] if init else "half"
+# -------------------------------------------------------- set-up and the loop
+
+
+def prepare(args):
+    """(model, training set, held-out set, normalise, class names) to fine-tune --init.
+
+    Raises ValueError if the weights or the data do not fit.
+    """
+    init = published.load_init(args.init, "pretraining", "classification", KIND)
+    source, held_out = sets.open_splits(args)
+    classes = source.mask_classes
+    train_set = MaskedImages(args, source, len(classes), True)
+    if args.train_images:
+        train_set.source = sources.random_subset(source, args.train_images, args.seed)
+    config = finetuned_config(init, args.model, args.image_size, args.drop_path)
+    torch.manual_seed(args.seed)
+    model = BeitForSegmentation(config, len(classes), args.decoder_dim)
+    if init:  # a segmenter of the same classes keeps its decoder
+        known = init.get("classes"), init.get("decoder_dim")
+        keep = init["kind"] == KIND and known == (classes, args.decoder_dim)
+        load_backbone(model, init["model"], with_head=keep)
     held_out_set = MaskedImages(args, held_out, len(classes), False)
-    data.check_names(held_out.mask_classes, classes, held_out)
-    return model.to(device), train_set, held_out_set, statistics, classes
+    sources.check_names(held_out.mask_classes, classes, held_out)
+    return model, train_set, held_out_set, init["normalise"] if init else "half", classes
+
+
+def prepare_evaluation(args):
+    """(model, held-out set, normalise) of the segmenter --init, for --eval."""
+    init = published.load_pretrained(args.init, KIND)
+    classes = init["classes"]
+    model = BeitForSegmentation(BeitConfig(**init["config"]), len(classes), init["decoder_dim"])
+    model.load_state_dict(init["model"])
+    args.image_size = model.config.image_size
+    held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
+    held_out_set = MaskedImages(args, held_out, len(classes), False)
+    sources.check_names(held_out.mask_classes, classes, held_out)
+    return model, held_out_set, init["normalise"]
 
 
 def main(argv=None):
-    parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
-    parser.add_argument("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
-    parser.add_argument("--recompute", action="store_true", help=RECOMPUTE)
-    args = training.parse_recipe(parser, RECIPES, argv)
-    if args.eval and args.init == "random":
-        parser.error("--eval needs --init CHECKPOINT: there is nothing to evaluate in random weights")
-    device, rank, world = training.setup(args.device)
-    autocast, scaler = training.precision(args.amp, device)
-    model, train_set, held_out, statistics, classes = prepare(args, device)
+    parser = command_line.recipe_parser(__doc__, RECIPES)
+    command_line.add_init_flags(parser)
+    args = command_line.parse_recipe(parser, RECIPES, argv)
+    process = processes.setup(args.device, args.amp)
     if args.eval:
-        result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
-        training.Log(None, rank, 0).final(**result)
+        model, held_out, normalise = prepare_evaluation(args)
+        result = evaluate(model.to(process.device), held_out, args, normalise, process)
+        log.Log(None, process.rank, 0).final(**result)
         return
-    model.recompute = args.recompute
-    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
+    model, train_set, held_out, normalise, classes = prepare(args)
+    model.to(process.device).recompute = args.recompute
+    batches.steps_per_epoch(len(train_set), args.batch_size)  # refuses too large a batch
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    data.steps_per_epoch(len(train_set), args.batch_size)  # refuses a batch larger than the set
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    out = training.open_output(args, rank)
-    step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
-
-    def save(step):
-        if rank == 0:
-            more = {"normalise": statistics, "classes": classes, "decoder_dim": model.decoder_dim}
-            training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, **more)
-
-    if not args.resume:
-        save(0)  # a folder that cannot be written to fails now
-    train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
-    clock = training.Clock(args.benchmark, device)
-    log = training.Log(out, rank, args.steps, step)
-    loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, args.steps, args.workers, device)
-    for images, masks in clock.batches(loader):
-        lr = training.warmup_linear(step, args.steps, args.warmup_steps, args.lr)
-        training.set_lr(optimizer, lr)
-        x = data.normalise(data.to_float(images, device), statistics)
+    extra = {"normalise": normalise, "classes": classes, "decoder_dim": model.decoder_dim}
+    run = Run(args, KIND, process, model, optimizer, args.steps, extra)
+    run.clock.watch(run.model, optimizer)
+    scaler, device = process.scaler, process.device
+    measure = functools.partial(evaluate, model, held_out, args, normalise, process)
+    loader = batches.train_batches(train_set, run)
+    for step, (images, masks) in run.steps(loader, measure):
+        lr = schedules.warmup_linear(step, args.steps, args.warmup_steps, args.lr)
+        schedules.set_lr(optimizer, lr)
+        x = batches.standardise(batches.to_float(images, device), normalise)
         masks = masks.to(device).long()
-        u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
-        # The mean over all counted pixels of the global batch; times `world` because DDP averages over processes.
-        count = training.all_sum((masks != data.IGNORE).sum()).clamp_min(1) / world
-        clock.mark("data")
+        u = noise.depth_noise(model.config, len(x), args.seed, step, process)
+        # The mean over the counted pixels of the global batch; times `world` because DDP averages.
+        count = processes.all_sum((masks != sources.IGNORE).sum()).clamp_min(1) / process.world
         total = 0.0
-        parts = [t.chunk(args.accumulate) for t in (x, masks, u)]
-        for i, (x_i, masks_i, u_i) in enumerate(zip(*parts), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate):
-                with autocast():
-                    logits = train_model(x_i, u_i).float()  # (B, C, H, W)
-                loss = F.cross_entropy(logits, masks_i, ignore_index=data.IGNORE, reduction="sum") / count
-                clock.mark("forward")
-                scaler.scale(loss).backward()
-                clock.mark("backward")
-            total += loss.detach()
+        for x, masks, u in run.passes(x, masks, u):
+            with process.autocast():
+                logits = run.model(x, u).float()  # (B, C, H, W)
+            pixels = F.cross_entropy(logits, masks, ignore_index=sources.IGNORE, reduction="sum")
+            scaler.scale(pixels / count).backward()
+            total += (pixels / count).detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
-        if finite.allow(norm, step, lr):
+        if run.allows(step, norm, lr):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        clock.mark("optimiser")
-        step += 1
-        if step % args.log_every == 0 or step == args.steps:
-            loss = (training.all_sum(total) / world).item()
-            trouble = train_set.trouble() | finite.trouble()
-            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm, **trouble)
-        training.save_or_stop(save, step, args.steps, args.save_every, device)
-        if step % args.save_every == 0 and step < args.steps:
-            log.write(step=step, **evaluate(model, held_out, args, statistics, device, rank, world, autocast))
-    if args.benchmark:
-        clock.report(args.batch_size, autocast, rank)
-        return
-    result = evaluate(model, held_out, args, statistics, device, rank, world, autocast)
-    log.final(**result)
-    if rank == 0:
-        draw_pictures(out, model, held_out, args, statistics, device)
+        run.report(total, lr=lr, gradient_norm=norm)
+    run.finish(measure, functools.partial(draw_pictures, model, held_out, args, normalise, process))
 
 
 if __name__ == "__main__":
-    with training.one_line_errors(stoppable=True):
+    with command_line.one_line_errors(stoppable=True):
         main()

@@ -1,80 +1,86 @@
 """Stage 2 (sections 2.3 to 2.5): masked image modeling, BEiT's pre-training.
 
-    python pretrain.py --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit          # drawn shapes, on a CPU
-    torchrun --nproc_per_node=8 pretrain.py --recipe base --data IMAGENET --tokenizer runs/tokenizer/checkpoint.pt \\
-        --out runs/beit --workers 8                                                      # one node of GPUs
-    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 pretrain.py ...    # on each node
+    python pretrain.py --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit
+    torchrun --nproc_per_node=8 pretrain.py --recipe base --data IMAGENET --workers 8 \\
+        --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit          # one node of GPUs
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 pretrain.py ...
 
 --batch-size is the global batch: processes x accumulation passes x images per pass.
 
-An image has two views: patches x^p, some replaced by e_[M], and visual tokens z of the uncorrupted image.
-The model is trained to tell the tokens at the masked positions M (eq. 1):
+An image has two views: patches x^p, some replaced by e_[M], and visual tokens z of the uncorrupted
+image. The model is trained to predict the tokens at the masked positions M (eq. 1):
 
     max  sum_x E_M [ sum_(i in M) log p_MIM(z_i | x^M) ],   p_MIM = softmax(W_c h_i^L + b_c)
 
-That is the second stage of the VAE view (section 2.4). The bound of eq. 2,
+This is the second stage of the VAE view (section 2.4). The bound of eq. 2,
 
     log p(x | x~) >= E_(z ~ q_phi(z|x)) [ log p_psi(x|z) ] - KL[ q_phi(z|x), p_theta(z|x~) ],
 
-becomes eq. 3 with the likeliest tokens z^ in place of the expectation: log p_psi(x|z^) + log p_theta(z^|x~).
-`evaluate` reports its two terms in nats per image.
+becomes eq. 3 with the likeliest tokens z^ in place of the expectation:
+log p_psi(x|z^) + log p_theta(z^|x~). `evaluate` reports its two terms in nats per image.
 
-Table 4's ablations are flags, one each: --masking random, --target pixels, --recover all, --masking none with it.
+Each ablation of table 4 is a flag: --masking random, --target pixels, --recover all, and
+--masking none together with --recover all.
 
-OUT: checkpoint.pt, metrics.jsonl, predictions.png (original, masked input, the dVAE's decoding of the predicted
-tokens in the masked places), loss.png.
+OUT: checkpoint.pt, metrics.jsonl, predictions.png (original, masked input, the predicted tokens
+decoded in the masked places), loss.svg.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
 import masking
-import training
-from beit import RECOMPUTE, STD, Beit, init_weight, model_config, parameter_groups
+from beit import STD, Beit, init_weight, model_config, parameter_groups
 from dvae import load_tokenizer
+from images import batches, sets, views
+from plumbing import command_line, noise, pictures, processes, schedules
+from plumbing.run import Run
 
 RECIPES = {
-    # name: (demo, fashion, base, large, help). base and large are the paper's appendix, for ImageNet-1K.
-    "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path, see data.py"),
+    # name: (demo, fashion, base, large, help). base and large: the paper's appendix, ImageNet-1K.
+    "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path (docs/data.md)"),
     "image_size": (24, 28, 224, 224, "pixels of the view that is cut into patches"),
-    "token_size": (24, 28, 112, 112, "pixels of the same crop as the tokenizer sees it: as many tokens as patches"),
-    "normalise": ("half", "half", "imagenet", "imagenet", "mean and std of the pixels: half (0.5) or imagenet"),
-    "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area that a random crop keeps; 1: no crop"),
+    "token_size": (24, 28, 112, 112, "pixels of the same crop for the tokenizer"),
+    "normalise": ("half", "half", "imagenet", "imagenet", "pixel mean and std: half or imagenet"),
+    "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area kept by a crop; 1: no crop"),
     "flip": (True, True, True, True, "mirror half of the images"),
-    "jitter": (0.0, 0.0, 0.4, 0.4, "brightness, contrast and saturation vary by this share"),
-    # what is masked, and what is to be recovered (other values: table 4)
-    "masking": ("blockwise", "blockwise", "blockwise", "blockwise", "blockwise, printed (Algorithm 1), random or none"),
-    "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "share of the patches to mask, at most: 75 of 196 in the paper"),
+    "jitter": (0.0, 0.0, 0.4, 0.4, "vary brightness, contrast, saturation by up to this factor"),
+    # masking and targets; table 4 has other values
+    "masking": (*("blockwise",) * 4, "blockwise, printed (Algorithm 1 as printed), random, none"),
+    "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "largest share of patches to mask: 75 of 196"),
     "min_block": (4, 4, 16, 16, "smallest block, in patches"),
-    "target": ("tokens", "tokens", "tokens", "tokens", "tokens z, or the patch's own: pixels, normalised-pixels"),
-    "recover": ("masked", "masked", "masked", "masked", "positions to recover: masked, or all (100 %)"),
+    "target": (*("tokens",) * 4, "predict tokens z, or the patch's pixels or normalised-pixels"),
+    "recover": (*("masked",) * 4, "positions to predict: masked, or all (100 %)"),
     # backbone
-    "model": ("tiny", "tiny", "base", "large", "size of the backbone, see MODELS in beit.py"),
-    "positions": ("absolute", "absolute", "shared", "shared", "absolute: E_pos; shared or relative: bias tables"),
+    "model": ("tiny", "tiny", "base", "large", "size of the backbone: see MODELS in beit.py"),
+    "positions": ("absolute", "absolute", "shared", "shared", "absolute (E_pos), relative, shared"),
     "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
     # optimisation
-    "epochs": (16.0, 4.4, 800.0, 800.0, "passes over the images"),
-    "warmup_epochs": (1.0, 0.3, 10.0, 10.0, "of linear warm-up"),
-    "batch_size": (128, 128, 2048, 2048, "images per step, all processes together; scale lr with it"),
+    "epochs": (16.0, 4.4, 800.0, 800.0, "passes over the training images"),
+    "warmup_epochs": (1.0, 0.3, 10.0, 10.0, "epochs of linear warm-up"),
+    "batch_size": (128, 128, 2048, 2048, "images per step of all processes; scale lr with it"),
     "lr": (2e-3, 2e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, "final learning rate"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 1.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 5000, 5000, 5000, "held-out images to evaluate on, at most"),
+    "eval_images": (1000, 5000, 5000, 5000, "largest number of held-out images to evaluate on"),
     "save_every": (500, 500, 2500, 2500, "steps between evaluations and checkpoints"),
-}
+}  # fmt: skip
 
 KIND = "pretraining"  # of its checkpoints
 TARGETS, RECOVER = ("tokens", "pixels", "normalised-pixels"), ("masked", "all")
 
 
 class BeitForMaskedImageModeling(Beit):
-    """The backbone with e_[M] and the head W_c, b_c of p_MIM: n_out = |V| logits, or a patch's 3 P² pixel values."""
+    """The backbone with e_[M] and the head W_c, b_c of p_MIM.
+
+    n_out: |V| for logits, or the 3 P² pixel values of a patch.
+    """
 
     def __init__(self, config, n_out):
         super().__init__(config, mask_embedding=True)
@@ -83,31 +89,37 @@ class BeitForMaskedImageModeling(Beit):
         init_weight(self.lm_head.weight, cut=STD)
         nn.init.zeros_(self.lm_head.bias)
 
-    def forward(self, x, mask, where=None, u=None):
-        """Logits at the masked positions only, in the mask's row-major order: (B, 3, H, W), (B, N) -> (|M|, n_out).
+    def forward(self, x, mask, positions=None, u=None):
+        """Logits W_c h_i^L + b_c: (B, 3, H, W), mask (B, N) -> (n, n_out).
 
-        where: indices (image, i), int64 (n,) each, of positions to predict in place of the masked ones: (n, n_out).
-        u: stochastic depth's, see Beit.forward.
+        positions: indices (image, i), int64 (n,) each; None: the masked ones, row by row.
+        u: for stochastic depth, see Beit.forward.
         """
-        image, i = mask.nonzero(as_tuple=True) if where is None else where
-        h = super().forward(x, mask, u, (image, i + 1))  # h_i^L, i in M, after e_[S]: (|M|, D)
+        if positions is None:
+            positions = mask.nonzero(as_tuple=True)
+        h = self.forward_at(x, mask, positions, u)  # h_i^L: (n, D)
         return self.lm_head(self.norm(h))
 
 
-def recovery_targets(kind, x, pixels, tokenizer, patch):
-    """What each position is to recover, of the uncorrupted image: z of eq. 1, int64 (B, N).
+# -------------------------------------------------------- what to predict, and the loss
 
-    Table 4, "- visual tokens": the pixels of its own patch, as the model sees them (normalised-pixels: standardised
-    by the patch's own mean and deviation, so that contrast is all that counts), float (B, N, 3P²).
+
+def recovery_targets(target, x, pixels, tokenizer, patch):
+    """The target at each position of the uncorrupted image: z of eq. 1, int64 (B, N).
+
+    Table 4, "- visual tokens": the pixels of the patch itself as the model sees them, float
+    (B, N, 3P²); normalised-pixels standardises them by the patch's own mean and deviation.
     """
-    if kind == "tokens":
+    if target == "tokens":
         return tokenizer.tokens(pixels).flatten(1)
     patches = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (B, N, 3P²)
-    return F.layer_norm(patches, patches.shape[-1:], eps=1e-6) if kind == "normalised-pixels" else patches
+    if target == "normalised-pixels":
+        return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)
+    return patches
 
 
 def recovery_loss(prediction, target):
-    """Of each position: -log p_MIM(z_i | x^M) in nats; for pixels the mean squared error over a patch's values.
+    """-log p_MIM(z_i | x^M) of each position in nats; for pixels their mean squared error.
 
     prediction (n, |V|) and target z int64 (n,), or both (n, 3P²) -> (n,) in float32.
     """
@@ -117,233 +129,225 @@ def recovery_loss(prediction, target):
     return F.cross_entropy(prediction, target, reduction="none")
 
 
-def recovered_positions(recover, mask):
+def positions_to_predict(recover, mask):
     """Bool (B, N): M, or with "recover 100 %" every position."""
     return torch.ones_like(mask) if recover == "all" else mask
 
 
-def filled_positions(where, count):
-    """Indices (image, i), int64 (count,) each, of True in bool (B, N) row by row, at most `count`, and then of others.
+def fixed_count(predicted, count):
+    """Indices (image, i), int64 (count,) each: the True of bool (B, N) row by row, then others.
 
-    Masks differ in size. With `count` positions at every step torch.compile makes one program for all of them, and the
-    allocator gives the next step the memory of the last.
+    Masks differ in size. With the same `count` at every step, which must be large enough for all,
+    torch.compile builds one program, and the allocator reuses the memory of the last step.
     """
-    order = where.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
-    return order // where.shape[1], order % where.shape[1]
+    order = predicted.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
+    return order // predicted.shape[1], order % predicted.shape[1]
 
 
-class MaskedViews(data.Crops):
-    """The two views of data.Crops, and a mask (B, h, w) for each image."""
+# -------------------------------------------------------- two views and a mask
 
-    def __init__(self, args, source, views, grid, train):
+
+class MaskedViews(views.Crops):
+    """Batches of the two views of one crop (views.Crops) and a mask (B, h, w) of each image."""
+
+    def __init__(self, args, source, sizes, grid, train):
         crop = (args.min_crop, args.flip, args.jitter) if train else ()
-        super().__init__(source, views, train, args.seed, *crop)
+        super().__init__(source, sizes, train, args.seed, *crop)
         if args.masking == "none" and args.recover != "all":
-            raise ValueError("--masking none leaves nothing to recover: add --recover all")
-        self.how = args.masking, grid, args.mask_ratio, args.min_block
-        may_be_all = args.recover == "all" or args.masking == "printed"  # which may overshoot
-        # positions to recover in an image, at most
-        self.most_positions = grid**2 if may_be_all else masking.target(grid, grid, args.mask_ratio)
-        masking.make_mask(self.how[0], data.sample_rng(0), *self.how[1:])  # bad settings are found before training
+            raise ValueError("--masking none leaves nothing to predict: add --recover all")
+        self.masking, self.mask_shape = args.masking, (grid, args.mask_ratio, args.min_block)
+        self.mask(0)  # raises ValueError for bad settings before training
+        # The largest number of positions to predict in an image; printed masks may overshoot.
+        every = args.recover == "all" or args.masking == "printed"
+        self.most_positions = grid**2 if every else masking.target(grid, grid, args.mask_ratio)
+
+    def mask(self, *key):
+        """The mask that belongs to a key: bool (h, w)."""
+        return masking.make_mask(self.masking, noise.sample_rng(*key), *self.mask_shape)
 
     def __getitems__(self, keys):
-        kind, *how = self.how
-        masks = [masking.make_mask(kind, data.sample_rng(self.seed, *key, "mask"), *how) for key in keys]
-        return [*super().__getitems__(keys), torch.stack([torch.from_numpy(m) for m in masks])]
+        masks = [torch.from_numpy(self.mask(self.seed, *key, "mask")) for key in keys]
+        return [*super().__getitems__(keys), torch.stack(masks)]
 
 
-def two_views(batch, device, statistics):
-    """A loaded batch -> (patch view x normalised, tokenizer's view in [0, 1], mask (B, N)), on the device."""
+def two_views(batch, device, normalise):
+    """A loaded batch -> (x standardised, the tokenizer's view in [0, 1], mask (B, N))."""
     patches, *token_view, mask = batch
     (pixels,) = token_view or [patches]  # without a tokenizer there is one view
-    x = data.normalise(data.to_float(patches, device), statistics)
-    return x, data.to_float(pixels, device), mask.to(device, non_blocking=True).flatten(1)
+    x = batches.standardise(batches.to_float(patches, device), normalise)
+    return x, batches.to_float(pixels, device), mask.to(device, non_blocking=True).flatten(1)
+
+
+# -------------------------------------------------------- evaluation and pictures
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, held_out, args, device, rank, world, autocast):
-    """Loss and accuracy of what is to be recovered, and the two terms of eq. 3, on held-out images with fixed masks.
+def evaluate(model, tokenizer, held_out, args, process):
+    """Loss, accuracy and the two terms of eq. 3 on held-out images with fixed masks.
 
-    mim_loss: nats per token to recover, the masked ones (or, --recover all, every one). mim_accuracy: share of them
-    whose likeliest prediction is right. commonest_token: accuracy of always saying the commonest. stage1_nats:
-    log p_psi(x|z^); stage2_nats: log p_theta(z^|x~) of the tokens to recover; both per image. Pixels have mim_loss
-    alone, a mean squared error.
+    mim_loss: nats per predicted token, the masked ones (--recover all: every one). mim_accuracy:
+    share of them whose likeliest prediction is right. commonest_token: the accuracy of always
+    predicting the commonest token. stage1_nats: log p_psi(x|z^); stage2_nats: log p_theta(z^|x~) of
+    the predicted tokens; both per image. For pixels only mim_loss, a mean squared error.
     """
     model.eval()
-    grid, batch_size = model.config.grid, max(1, args.batch_size // world // args.accumulate)
-    counts = torch.zeros(tokenizer.config.vocab_size if tokenizer else 1, dtype=torch.float64, device=device)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # positions, loss, images, right, log p_psi
-    for batch in data.eval_batches(held_out, batch_size, args.eval_images, rank, world, args.workers):
+    device, grid = process.device, model.config.grid
+    vocab_size = tokenizer.config.vocab_size if tokenizer else 1
+    counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # tokens loss images right log_p
+    for batch in batches.eval_batches(held_out, args, process):
         x, pixels, mask = two_views(batch, device, args.normalise)
-        where = recovered_positions(args.recover, mask)
-        with autocast():
+        predicted = positions_to_predict(args.recover, mask)
+        with process.autocast():
             target = recovery_targets(args.target, x, pixels, tokenizer, model.config.patch_size)
-            prediction = model(x, mask, where.nonzero(as_tuple=True))
-        sums[0] += where.sum()
-        sums[1] += recovery_loss(prediction, target[where]).sum()
+            prediction = model(x, mask, predicted.nonzero(as_tuple=True))
+        sums[0] += predicted.sum()
+        sums[1] += recovery_loss(prediction, target[predicted]).sum()
         sums[2] += len(x)
         if tokenizer:
-            counts += torch.bincount(target[where], minlength=len(counts))
-            sums[3] += (prediction.argmax(-1) == target[where]).sum()
-            # Eq. 3's first term; its second is the sum of log p_MIM over them, -loss.
-            with autocast():
+            counts += torch.bincount(target[predicted], minlength=len(counts))
+            sums[3] += (prediction.argmax(-1) == target[predicted]).sum()
+            with process.autocast():  # eq. 3's first term; the second is -loss
                 parameters = tokenizer.decode_parameters(target.unflatten(1, (grid, grid)))
             sums[4] -= tokenizer.negative_log_likelihood(pixels, *parameters).sum()
     model.train()
-    training.all_sum(counts)
-    positions, loss, images, right, log_p = training.all_sum(sums).tolist()
-    positions = max(positions, 1)
-    result = {"mim_loss": loss / positions}
+    processes.all_sum(counts)
+    tokens, loss, images, right, log_p = processes.all_sum(sums).tolist()
+    tokens = max(tokens, 1)
+    result = {"mim_loss": loss / tokens}
     if tokenizer:
-        result |= {"mim_accuracy": right / positions, "commonest_token": counts.max().item() / positions}
+        commonest = counts.max().item()
+        result |= {"mim_accuracy": right / tokens, "commonest_token": commonest / tokens}
         result |= {"stage1_nats": log_p / images, "stage2_nats": -loss / images}
     return result
 
 
 def recovered_image(args, prediction, mask, x, pixels, tokenizer, patch):
-    """`pixels` with the masked patches as predicted: prediction (B, N, n_out) -> (B, 3, H, W)."""
+    """`pixels` with predictions in the masked patches: (B, N, n_out) -> (B, 3, H, W)."""
     h = w = math.isqrt(mask.shape[1])
     if tokenizer:
         z = torch.where(mask, prediction.argmax(-1), tokenizer.tokens(pixels).flatten(1))
         guess = tokenizer.decode(z.unflatten(1, (h, w)))
     else:
-        if args.target == "normalised-pixels":  # what it leaves out, brightness and contrast, is lent by the truth
+        if args.target == "normalised-pixels":  # the truth lends the patch's mean and deviation
             truth = recovery_targets("pixels", x, pixels, tokenizer, patch)
-            prediction = prediction * truth.std(-1, correction=0, keepdim=True) + truth.mean(-1, keepdim=True)
+            deviation = truth.std(-1, correction=0, keepdim=True)
+            prediction = prediction * deviation + truth.mean(-1, keepdim=True)
         patches = prediction.transpose(1, 2).unflatten(2, (h, w))  # (B, 3P², h, w)
-        guess = data.denormalise(F.pixel_shuffle(patches, patch), args.normalise)
+        guess = batches.unstandardise(F.pixel_shuffle(patches, patch), args.normalise)
     return torch.where(pixel_mask(mask, pixels), guess, pixels)
 
 
 def pixel_mask(mask, pixels):
-    """A mask of patches, bool (B, N), as one of pixels: (B, 1, H, W)."""
+    """A mask of patches, bool (B, N), as a mask of pixels: (B, 1, H, W)."""
     h = w = math.isqrt(mask.shape[1])
-    return F.interpolate(mask.view(-1, 1, h, w).float(), size=pixels.shape[-2:], mode="nearest").bool()
+    mask = mask.view(-1, 1, h, w).float()
+    return F.interpolate(mask, size=pixels.shape[-2:], mode="nearest").bool()
 
 
 @torch.no_grad()
-def draw_pictures(out, model, tokenizer, held_out, args, device):
-    """predictions.png: original, masked input, predictions in the masked places; loss.png."""
-    batch = held_out.__getitems__([(-1, i) for i in range(min(12, len(held_out)))])
-    x, pixels, mask = two_views(batch, device, args.normalise)
+def draw_pictures(model, tokenizer, held_out, args, process, out):
+    """predictions.png: original, masked input, predictions in the masked places."""
+    batch = held_out.__getitems__([(-1, index) for index in range(min(12, len(held_out)))])
+    x, pixels, mask = two_views(batch, process.device, args.normalise)
     model.eval()
-    every = torch.ones_like(mask).nonzero(as_tuple=True)
-    prediction = model(x, mask, every).unflatten(0, mask.shape)  # (B, N, n_out)
-    masked = torch.where(pixel_mask(mask, pixels), torch.tensor(0.5, device=device), pixels)
-    where = mask if args.masking != "none" else torch.ones_like(mask)
-    recovered = recovered_image(args, prediction, where, x, pixels, tokenizer, model.config.patch_size)
-    training.picture(out / "predictions.png", [pixels, masked, recovered])
-    training.curve(out / "loss.png", [m["loss"] for m in training.read_metrics(out) if "loss" in m])
+    every = torch.ones_like(mask)
+    prediction = model(x, mask, every.nonzero(as_tuple=True)).unflatten(0, mask.shape)
+    masked = torch.where(pixel_mask(mask, pixels), torch.full_like(pixels, 0.5), pixels)
+    shown = every if args.masking == "none" else mask
+    patch = model.config.patch_size
+    recovered = recovered_image(args, prediction, shown, x, pixels, tokenizer, patch)
+    pictures.picture(out / "predictions.png", [pixels, masked, recovered])
+
+
+# -------------------------------------------------------- set-up and the loop
 
 
 def build(args, tokenizer):
-    """The model of the recipe. Raises ValueError on unknown names, and unless there is one token for each patch."""
-    for name, known in (("target", TARGETS), ("recover", RECOVER), ("normalise", data.STATISTICS)):
+    """The model of the recipe.
+
+    Raises ValueError on unknown names, and unless there is one token per patch.
+    """
+    choices = {"target": TARGETS, "recover": RECOVER, "normalise": batches.NORMALISE}
+    for name, known in choices.items():
         if getattr(args, name) not in known:
             raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
-    config = model_config(
-        args.model, image_size=args.image_size, positions=args.positions, drop_path=args.drop_path
-    )
+    shape = {name: getattr(args, name) for name in ("image_size", "positions", "drop_path")}
+    config = model_config(args.model, **shape)
     if not tokenizer:
         return BeitForMaskedImageModeling(config, 3 * config.patch_size**2)
-    tokens, rest = divmod(args.token_size, tokenizer.config.downsampling)
-    if rest or tokens != config.grid:
+    factor = tokenizer.config.downsampling
+    if args.token_size != config.grid * factor:
         raise ValueError(
-            f"the tokenizer makes {args.token_size / tokenizer.config.downsampling:g} tokens along "
-            f"{args.token_size} pixels but there are {config.grid} patches: "
-            f"set --token-size {config.grid * tokenizer.config.downsampling}"
+            f"the tokenizer makes {args.token_size / factor:g} tokens along {args.token_size} "
+            f"pixels but there are {config.grid} patches: set --token-size {config.grid * factor}"
         )
     return BeitForMaskedImageModeling(config, tokenizer.config.vocab_size)
 
 
 def datasets(args, grid):
-    """(training set, held-out set) of two views and a mask: bicubic for the patches, Lanczos for the tokenizer."""
-    views = [(args.image_size, "bicubic"), (args.token_size, "lanczos")][: 2 if args.target == "tokens" else 1]
-    train_source = data.open_source(args.data, "train", args.data_dir)
-    held_out_source = data.open_source(args.data, args.eval_split, args.data_dir)
-    return MaskedViews(args, train_source, views, grid, True), MaskedViews(args, held_out_source, views, grid, False)
+    """(training set, held-out set): bicubic for the patches, Lanczos for the tokenizer."""
+    sizes = [(args.image_size, "bicubic")]
+    if args.target == "tokens":
+        sizes.append((args.token_size, "lanczos"))
+    train, held_out = sets.open_splits(args)
+    train_set = MaskedViews(args, train, sizes, grid, True)
+    return train_set, MaskedViews(args, held_out, sizes, grid, False)
 
 
 def main(argv=None):
-    parser = training.recipe_parser(__doc__, RECIPES)
-    parser.add_argument("--tokenizer", help="checkpoint.pt of train_tokenizer.py, or dalle:FOLDER; not with pixels")
-    parser.add_argument("--recompute", action="store_true", help=RECOMPUTE)
-    args = training.parse_recipe(parser, RECIPES, argv)
+    parser = command_line.recipe_parser(__doc__, RECIPES)
+    tokenizers = "checkpoint.pt of train_tokenizer.py, or dalle:FOLDER; needed for --target tokens"
+    parser.add_argument("--tokenizer", help=tokenizers)
+    parser.add_argument("--recompute", action="store_true", help=command_line.RECOMPUTE)
+    args = command_line.parse_recipe(parser, RECIPES, argv)
     if args.target in TARGETS and (args.tokenizer is None) == (args.target == "tokens"):
-        parser.error(f"--target {args.target} {'needs' if args.tokenizer is None else 'has no use for'} --tokenizer")
-    device, rank, world = training.setup(args.device)
-    batch_size = training.rank_batch(args.batch_size, args.accumulate, world)
-    autocast, scaler = training.precision(args.amp, device)
-    tokenizer = load_tokenizer(args.tokenizer).to(device) if args.tokenizer else None
+        verb = "needs" if args.tokenizer is None else "has no use for"
+        parser.error(f"--target {args.target} {verb} --tokenizer")
+    process = processes.setup(args.device, args.amp)
+    tokenizer = load_tokenizer(args.tokenizer).to(process.device) if args.tokenizer else None
     torch.manual_seed(args.seed)
-    model = build(args, tokenizer).to(device)
+    model = build(args, tokenizer).to(process.device)
     model.recompute = args.recompute
     train_set, held_out = datasets(args, model.config.grid)
+    per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
+    steps, warmup = schedules.duration(args, per_epoch)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    out = training.open_output(args, rank)
-    step = training.resume_checkpoint(out, KIND, args, model, optimizer, scaler)["step"] if args.resume else 0
-    steps, warmup = training.duration(args, data.steps_per_epoch(len(train_set), args.batch_size))
-
-    def save(step):
-        if rank == 0:
-            training.save_checkpoint(out, KIND, args, step, model, optimizer, scaler, normalise=args.normalise)
-
-    if not args.resume:
-        save(0)  # a folder that cannot be written to fails now
-    train_model, finite = training.wrap(model, device, args.compile), training.FiniteSteps(out)
-    loss_of = training.compiled(recovery_loss, device) if args.compile else recovery_loss
-    clock = training.Clock(args.benchmark, device)
-    log = training.Log(out, rank, steps, step)
-    loader = data.train_batches(train_set, batch_size, rank, world, args.seed, step, steps, args.workers, device)
-    for batch in clock.batches(loader):
-        lr = training.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
-        training.set_lr(optimizer, lr)
-        x, pixels, mask = two_views(batch, device, args.normalise)
-        where = recovered_positions(args.recover, mask)
-        u = training.depth_noise(model.config, len(x), args.seed, step, rank, device)
-        # Eq. 1 as a mean over all masked tokens of the global batch: masks differ in size, so the sum is divided
-        # by the count over all processes and passes; times `world` because DDP averages over processes.
-        count = training.all_sum(where.sum()).clamp_min(1) / world
-        clock.mark("data")
+    run = Run(args, KIND, process, model, optimizer, steps, {"normalise": args.normalise})
+    run.clock.watch(run.model, optimizer, tokenizer.encoder if tokenizer else None)
+    loss_of = processes.compiled(recovery_loss, process.device) if args.compile else recovery_loss
+    scaler, patch = process.scaler, model.config.patch_size
+    measure = functools.partial(evaluate, model, tokenizer, held_out, args, process)
+    loader = batches.train_batches(train_set, run)
+    for step, batch in run.steps(loader, measure):
+        lr = schedules.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
+        schedules.set_lr(optimizer, lr)
+        x, pixels, mask = two_views(batch, process.device, args.normalise)
+        predicted = positions_to_predict(args.recover, mask)  # (B, N): i in M
+        u = noise.depth_noise(model.config, len(x), args.seed, step, process)
+        # Masks differ in size, so eq. 1's mean is the sum over all masked tokens of the global
+        # batch divided by their count, times `world` because DDP averages over processes.
+        count = processes.all_sum(predicted.sum()).clamp_min(1) / process.world
         total = 0.0
-        parts = [t.chunk(args.accumulate) for t in (x, pixels, mask, where, u)]
-        for i, (x_i, pixels_i, mask_i, where_i, u_i) in enumerate(zip(*parts), start=1):
-            with training.sync_only_if(train_model, i == args.accumulate):
-                with autocast():
-                    z_i = recovery_targets(args.target, x_i, pixels_i, tokenizer, model.config.patch_size)  # (B, N)
-                    clock.mark("tokenizer")
-                    at = filled_positions(where_i, len(x_i) * train_set.most_positions)
-                    prediction = train_model(x_i, mask_i, at, u_i)  # (n, |V|): M, and others that do not count
-                loss = (loss_of(prediction, z_i[at]) * where_i[at]).sum() / count
-                clock.mark("forward")
-                scaler.scale(loss).backward()
-                clock.mark("backward")
+        for x, pixels, mask, predicted, u in run.passes(x, pixels, mask, predicted, u):
+            with process.autocast():
+                z = recovery_targets(args.target, x, pixels, tokenizer, patch)  # (B, N)
+                positions = fixed_count(predicted, len(x) * train_set.most_positions)
+                logits = run.model(x, mask, positions, u)  # (n, |V|): M, and others to ignore
+            loss = (loss_of(logits, z[positions]) * predicted[positions]).sum() / count  # eq. 1
+            scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
-        if finite.allow(norm, step, lr):
+        if run.allows(step, norm, lr):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        clock.mark("optimiser")
-        step += 1
-        if step % args.log_every == 0 or step == steps:
-            loss = (training.all_sum(total) / world).item()
-            trouble = train_set.trouble() | finite.trouble()
-            log.step(step, args.batch_size, loss=loss, lr=lr, gradient_norm=norm, **trouble)
-        training.save_or_stop(save, step, steps, args.save_every, device)
-        if step % args.save_every == 0 and step < steps:
-            log.write(step=step, **evaluate(model, tokenizer, held_out, args, device, rank, world, autocast))
-    if args.benchmark:
-        clock.report(args.batch_size, autocast, rank)
-        return
-    result = evaluate(model, tokenizer, held_out, args, device, rank, world, autocast)
-    log.final(**result)
-    if rank == 0:
-        draw_pictures(out, model, tokenizer, held_out, args, device)
+        run.report(total, lr=lr, gradient_norm=norm)
+    run.finish(measure, functools.partial(draw_pictures, model, tokenizer, held_out, args, process))
 
 
 if __name__ == "__main__":
-    with training.one_line_errors(stoppable=True):
+    with command_line.one_line_errors(stoppable=True):
         main()

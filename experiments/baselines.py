@@ -1,0 +1,74 @@
+"""Baselines without a network: logistic regression on pixels, and one class for every pixel."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import finetune_seg
+from images import sets, sources
+from plumbing import command_line
+
+
+def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
+    """Test accuracy in percent of multinomial logistic regression on raw pixels.
+
+    train, val, test: sources with class labels. The L2 penalty is chosen on `val`.
+    """
+
+    def pixels(source):
+        # as stored: one channel if the images are grey
+        x = torch.from_numpy(np.array(source.images)).flatten(1).float() / 255
+        return x, torch.from_numpy(source.labels)
+
+    def fit(x, y, penalty):
+        weight = torch.zeros(x.shape[1] + 1, len(train.classes), requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            logits = x @ weight[1:] + weight[0]
+            loss = F.cross_entropy(logits, y) + penalty * weight[1:].pow(2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return weight.detach()
+
+    def accuracy(weight, x, y):
+        return 100 * ((x @ weight[1:] + weight[0]).argmax(1) == y).float().mean().item()
+
+    fits = [fit(*pixels(train), penalty) for penalty in penalties]
+    best = max(fits, key=lambda weight: accuracy(weight, *pixels(val)))
+    return accuracy(best, *pixels(test))
+
+
+def raw_pixels(runner, labels):
+    """Logistic regression on each seed's labelled images: {"values": [accuracies in percent]}.
+
+    labels: per class; 0: all of them, fitted once.
+    """
+    if runner.planning:
+        return {"values": [[0.0]]}
+    data, data_dir = runner.settings["data"], runner.data_dir
+    train, val, test = (sets.open_source(data, split, data_dir) for split in sources.SPLITS)
+    subsets = [train]
+    if labels:
+        seeds = range(runner.settings["seeds"])
+        subsets = [sources.balanced_subset(train, labels, seed) for seed in seeds]
+    return {"values": [[logistic_regression(subset, val, test) for subset in subsets]]}
+
+
+def commonest_class(runner):
+    """mIoU in percent of predicting the commonest class for every pixel.
+
+    Measured on the same test images as the segmenters.
+    """
+    if runner.planning:
+        return 0.0
+    test = sets.open_source(runner.settings["scenes"], "test", runner.data_dir)
+    column = command_line.COLUMNS.index(runner.recipe)
+    masks = torch.from_numpy(np.array(test.masks[: finetune_seg.RECIPES["eval_images"][column]]))
+    classes = len(test.mask_classes)
+    counts = masks[masks != sources.IGNORE].flatten().bincount(minlength=classes)
+    guess = counts.argmax().expand_as(masks)
+    return finetune_seg.mean_iou(finetune_seg.confusion_matrix(masks, guess, classes))[0]

@@ -1,0 +1,437 @@
+"""The paper's tables 1, 3 and 4 and figure 2 at small scale, and a summary of the whole paper.
+
+Each experiment is a function of a stages.Runner that returns a table (see tables.py). Learning
+rates are chosen on the validation split, with a seed of their own, from the values in RECIPES; a
+single value was chosen there in the same way. All results are on the test split.
+"""
+
+import collections
+import re
+from typing import NamedTuple
+
+import pretrain
+from experiments import attention, baselines
+from experiments.tables import run_cell
+from images import sets
+from plumbing import command_line
+
+# 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper. In all, 1.7 times as many
+# patches as in the `fashion` recipe.
+GRID14 = ("--image-size", 56, "--token-size", 56, "--mask-ratio", 75 / 196, "--min-block", 16)
+GRID14 += ("--batch-size", 64, "--epochs", 12.5, "--warmup-epochs", 0.8)
+GRID14_SEGMENT = ("--image-size", 56, "--batch-size", 16)
+
+COLUMNS = ("demo", "fashion")
+RECIPES = {
+    # name: (demo, fashion, help)
+    "data": ("shapes", "fashion-mnist", "images for pre-training and classification"),
+    "scenes": ("shapes", "fashion-scenes", "images with masks, for segmentation"),
+    "seeds": (3, 3, "fine-tuning runs per row, each with its own labelled images"),
+    "labels": ((100,), (100, 10), "labels per class for fine-tuning the classifier"),
+    "cls_epochs": ((15.0,), (10.0, 100.0), "epochs for each of `labels`: equally many steps"),
+    "cls_batch": (40, 50, "batch size of the classifier"),
+    "cls_lr": ((1e-3,), (1e-3, 2e-3), "learning rates of pre-trained classifiers"),
+    "cls_lr_random": ((5e-4,), (2.5e-4, 5e-4, 1e-3), "learning rates of classifiers from scratch"),
+    "seg_images": (800, 200, "images with masks for fine-tuning the segmenter"),
+    "seg_lr": ((1.6e-2,), (8e-3,), "learning rates of pre-trained segmenters"),
+    "seg_lr_random": ((4e-3, 8e-3), (2e-3, 4e-3, 8e-3), "learning rates from random weights"),
+    "longer": (0, 4, "also train from scratch for this many times the steps; 0: do not"),
+    # the tables only
+    "pretraining_seeds": (2, 2, "pre-training runs of the two rows that matter most: BEiT, pixels"),
+    "probe_lr": ((4e-3, 1.6e-2), (4e-3, 1.6e-2), "learning rates of the linear probe"),
+    "all_epochs": (3.0, 1.0, "epochs with the labels of the whole training set"),
+    "all_lr": ((1e-3, 2e-3), (1e-3, 2e-3), "learning rates of pre-trained classifiers there"),
+    "all_lr_random": ((5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3), "learning rates from scratch there"),
+    "larger": (32, 40, "the higher resolution, in pixels"),
+    "larger_epochs": (0.1, 0.1, "epochs at the higher resolution, as a share of the classifier's"),
+    "small_model": ("mini", "mini", "the smaller model"),
+    "reference_images": (500, 500, "images with reference patches for figure 2"),
+    # the rows of table 4 about masking on the paper's own grid; drawn shapes are too small for it
+    "grid14_pretrain": (None, GRID14, "flags of pretrain.py, on the scenes"),
+    "grid14_segment": (None, GRID14_SEGMENT, "flags of finetune_seg.py: whole scenes"),
+    "grid14_seg_lr": (None, (4e-3, 8e-3), "learning rates of segmenters there"),
+    "grid14_seeds": (None, 2, "pre-training runs of each row"),
+}
+
+
+def settings(recipe, seeds=None):
+    """The column of RECIPES: {name: value}. seeds: fine-tuning runs per row, if not its own."""
+    column = {name: row[COLUMNS.index(recipe)] for name, row in RECIPES.items()}
+    return column | ({"seeds": seeds} if seeds else {})
+
+
+# -------------------------------------------------------- stages that experiments share
+
+
+def slug(text):
+    """A row's name as part of a stage's name."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def tokenizer_stage(runner, name="tokenizer", *flags):
+    """Run stage 1 and return its record."""
+    common = ("--data", runner.settings["data"], "--eval-split", "test")
+    return runner.stage(name, "train_tokenizer.py", *common, *flags)
+
+
+def beit_call(runner, row, tokenizer, *flags, seed=0, images="data"):
+    """Stage 2 for runner.stages: (name, script, *flags).
+
+    tokenizer: its record, or None with pixels as the target. images: the setting with the data.
+    """
+    source = ("--tokenizer", tokenizer["checkpoint"]) if tokenizer else ()
+    common = ("--data", runner.settings[images], "--eval-split", "test", "--seed", seed)
+    return f"{slug(row)}-{seed}", "pretrain.py", *common, *source, *flags
+
+
+class Start(NamedTuple):
+    """What a row of fine-tuning runs starts from."""
+
+    inits: list  # values of --init, one for each pre-training seed
+    lrs: tuple | str  # learning rates to choose from, or the row whose choice to use
+    flags: tuple = ()  # further flags of the script
+
+
+def choose_lr(runner, name, script, metric, row, start, flags):
+    """The learning rate of a row that is best on the validation split, with seed 100."""
+    if len(start.lrs) == 1:
+        return start.lrs[0]
+    common = (script, "--init", start.inits[0], *flags, *start.flags)
+    calls = {
+        lr: (f"search-{name}-{slug(row)}-{lr:g}", *common, "--lr", lr, "--seed", 100)
+        for lr in start.lrs
+    }
+    found = runner.stages(calls)
+    return max(found, key=lambda lr: found[lr][metric])
+
+
+def fine_tune(runner, name, script, metric, starts, flags):
+    """Fine-tune from every start and measure on the test split.
+
+    starts: {row: Start}. Returns {row: {"lr", "values", "checkpoints"}}; values and checkpoints
+    are lists over the pre-training seeds of lists over the fine-tuning seeds.
+    """
+    rates, calls, seeds = {}, {}, range(runner.settings["seeds"])
+    for row, start in starts.items():
+        if isinstance(start.lrs, str):
+            rates[row] = rates[start.lrs]
+        else:
+            rates[row] = choose_lr(runner, name, script, metric, row, start, flags)
+    for row, start in starts.items():
+        for number, init in enumerate(start.inits):
+            common = (script, "--init", init, *flags, *start.flags, "--lr", rates[row])
+            for seed in seeds:
+                stage = f"{name}-{slug(row)}-{number}-{seed}"
+                calls[row, number, seed] = stage, *common, "--seed", seed, "--eval-split", "test"
+    records, found = runner.stages(calls), {}
+    for row, start in starts.items():
+        numbers = range(len(start.inits))
+        runs = [[records[row, number, seed] for seed in seeds] for number in numbers]
+        found[row] = {"lr": rates[row], "values": [[r[metric] for r in run] for run in runs]}
+        found[row]["checkpoints"] = [[record["checkpoint"] for record in run] for run in runs]
+    return found
+
+
+def classify(runner, labels, starts, prefix=""):
+    """fine_tune() of classifiers with this many labels per class; 0: all. Values are top-1.
+
+    prefix: of the stages' names.
+    """
+    s = runner.settings
+    flags = ["--data", s["data"], "--labels-per-class", labels]
+    epochs = s["all_epochs"]
+    if labels:
+        epochs = s["cls_epochs"][s["labels"].index(labels)]
+        flags += ["--batch-size", s["cls_batch"]]
+    flags += ["--epochs", epochs, "--warmup-epochs", epochs / 10]
+    name = f"{prefix}cls{labels or 'all'}"
+    return fine_tune(runner, name, "finetune_cls.py", "top1", starts, flags)
+
+
+def segment(runner, starts, prefix=""):
+    """fine_tune() of segmenters. Values are mIoU. prefix: of the stages' names."""
+    s = runner.settings
+    flags = ("--data", s["scenes"], "--train-images", s["seg_images"])
+    return fine_tune(runner, f"{prefix}seg", "finetune_seg.py", "miou", starts, flags)
+
+
+def scratch(s, lrs="cls_lr_random"):
+    """Start a classifier from random weights. s: the settings."""
+    return Start(["random"], s[lrs], ("--layer-decay", 1))
+
+
+def scratch_segmenter(s):
+    """Start a segmenter from random weights. 0.75 beat 0.5 and 1 on the drawn shapes."""
+    return Start(["random"], s["seg_lr_random"], ("--layer-decay", 0.75))
+
+
+# -------------------------------------------------------- the experiments
+
+
+def summary(runner):
+    """The whole paper once: tokenizer, pre-training, fine-tuning against random weights."""
+    s = runner.settings
+    tokenizer = tokenizer_stage(runner)
+    beit = runner.stage(*beit_call(runner, "BEiT", tokenizer))
+    shares = ("mim_accuracy", "commonest_token")
+    accuracy, commonest = (f"{100 * beit[share]:.1f} %" for share in shares)
+    mse, perplexity = tokenizer["reconstruction_mse"], tokenizer["codebook_perplexity"]
+    codes = f"{tokenizer['codebook_used']} codes used, perplexity {perplexity:.0f}"
+    masked = f"masked-token accuracy {accuracy} (commonest {commonest})"
+    stage1, stage2 = beit["stage1_nats"], beit["stage2_nats"]
+    rows = [
+        ["tokenizer", f"reconstruction MSE {mse:.4f}, {codes}"],
+        ["pre-training", f"{masked}, loss {beit['mim_loss']:.2f}"],
+        ["eq. 3, nats per image", f"log p(x|z) {stage1:.0f}, log p(z|x~) {stage2:.1f}"],
+    ]
+    for labels, epochs in zip(s["labels"], s["cls_epochs"]):
+        starts = {"BEiT": Start([beit["checkpoint"]], s["cls_lr"]), "from scratch": scratch(s)}
+        if s["longer"]:
+            flags = ("--layer-decay", 1, "--epochs", epochs * s["longer"])
+            row = f"from scratch, {s['longer']} times the steps"
+            starts[row] = Start(["random"], "from scratch", flags)
+        found = classify(runner, labels, starts)
+        found["logistic regression on raw pixels"] = baselines.raw_pixels(runner, labels)
+        for row, cell in found.items():
+            rows.append([f"top-1, {labels} labels per class, {row}", run_cell(cell)])
+    starts = {
+        "BEiT": Start([beit["checkpoint"]], s["seg_lr"]),
+        "random weights": scratch_segmenter(s),
+    }
+    found = segment(runner, starts)
+    found["commonest class everywhere"] = baselines.commonest_class(runner)
+    rows += [[f"mIoU, {row}", run_cell(cell)] for row, cell in found.items()]
+    return {"title": "Summary", "columns": ["", "result on test images"], "rows": rows}
+
+
+def pretrained(runner, tokenizer):
+    """Checkpoints of BEiT, one for each of `pretraining_seeds`."""
+    seeds = range(runner.settings["pretraining_seeds"])
+    calls = {seed: beit_call(runner, "BEiT", tokenizer, seed=seed) for seed in seeds}
+    return [record["checkpoint"] for record in runner.stages(calls).values()]
+
+
+def table1(runner):
+    """Table 1: top-1 from scratch and from BEiT, at a higher resolution, of two model sizes.
+
+    Ours adds the linear probe.
+    """
+    s = runner.settings
+    tokenizer, small = tokenizer_stage(runner), ("--model", s["small_model"])
+    calls = {
+        seed: beit_call(runner, "BEiT", tokenizer, seed=seed)
+        for seed in range(s["pretraining_seeds"])
+    }
+    calls["small"] = beit_call(runner, f"BEiT {s['small_model']}", tokenizer, *small)
+    records = runner.stages(calls)
+    mini = [records.pop("small")["checkpoint"]]
+    tiny = [record["checkpoint"] for record in records.values()]
+    columns = {}
+    for labels in (*s["labels"], 0):
+        lrs, lrs_random = ("cls_lr", "cls_lr_random") if labels else ("all_lr", "all_lr_random")
+        probe = ("--linear-probe", "--layer-decay", 1)
+        starts = {
+            "from scratch": scratch(s, lrs_random),
+            "BEiT": Start(tiny if labels else tiny[:1], s[lrs]),
+            "BEiT, linear probe": Start(tiny[:1], s["probe_lr"], probe),
+        }
+        if labels:
+            flags = ("--layer-decay", 1, *small)
+            starts["from scratch, smaller model"] = Start(["random"], s[lrs_random], flags)
+            starts["BEiT, smaller model"] = Start(mini, s[lrs])
+        found = classify(runner, labels, starts)
+        found["BEiT, higher resolution"] = higher_resolution(runner, labels, found["BEiT"])
+        found["logistic regression on raw pixels"] = baselines.raw_pixels(runner, labels)
+        columns[f"{labels} labels per class" if labels else "all labels"] = found
+    paper = {"BEiT": "85.2 (BEiT-L)", "BEiT, higher resolution": "86.3 (BEiT-L, 384 px)"}
+    paper["from scratch, smaller model"] = "81.8 (DeiT-B)"
+    paper["BEiT, smaller model"] = "83.2 (BEiT-B)"
+    rows = [
+        [row, *(run_cell(found.get(row)) for found in columns.values()), paper.get(row)]
+        for row in columns[f"{s['labels'][0]} labels per class"]
+    ]
+    columns = ["", *columns, "paper, ImageNet"]
+    return {"title": "Table 1: classification, top-1", "columns": columns, "rows": rows}
+
+
+def higher_resolution(runner, labels, classifiers):
+    """Train BEiT's classifiers a little longer on larger images, with interpolated positions.
+
+    classifiers: a row that fine_tune() returned. Returns {"values", "lr"} likewise.
+    """
+    s = runner.settings
+    epochs = s["cls_epochs"][s["labels"].index(labels)] if labels else s["all_epochs"]
+    epochs *= s["larger_epochs"]
+    flags = ["--data", s["data"], "--labels-per-class", labels]
+    flags += ["--image-size", s["larger"], "--epochs", epochs]
+    flags += ["--batch-size", s["cls_batch"]] if labels else []
+    lr = classifiers["lr"] / 10
+    flags += ["--warmup-epochs", 0, "--eval-split", "test", "--lr", lr]
+    name = f"cls{labels or 'all'}-larger"
+    calls = {
+        (n, seed): (f"{name}-{n}-{seed}", "finetune_cls.py", "--init", init, "--seed", seed, *flags)
+        for n, inits in enumerate(classifiers["checkpoints"])
+        for seed, init in enumerate(inits)
+    }
+    records, runs = runner.stages(calls), range(len(classifiers["checkpoints"]))
+    return {
+        "values": [[records[n, seed]["top1"] for seed in range(s["seeds"])] for n in runs],
+        "lr": lr,
+    }
+
+
+def table3(runner):
+    """Table 3: mIoU from random weights, from supervised classification and from BEiT.
+
+    The last row fine-tunes BEiT on classification first (section 2.6).
+    """
+    s = runner.settings
+    beit = pretrained(runner, tokenizer_stage(runner))
+    starts = {"from scratch": scratch(s, "all_lr_random"), "BEiT": Start(beit[:1], s["all_lr"])}
+    found = classify(runner, 0, starts)
+    supervised = [found["from scratch"]["checkpoints"][0][0]]
+    intermediate = [run[0] for run in found["BEiT"]["checkpoints"]]
+    starts = {
+        "random weights": scratch_segmenter(s),
+        "supervised classification": Start(supervised, (*s["seg_lr_random"], *s["seg_lr"])),
+        "BEiT": Start(beit, s["seg_lr"]),
+        "BEiT, intermediate fine-tuning": Start(intermediate, s["seg_lr"]),
+    }
+    found = segment(runner, starts)
+    found["commonest class everywhere"] = baselines.commonest_class(runner)
+    paper = {"supervised classification": "45.3", "BEiT": "45.6"}
+    paper["BEiT, intermediate fine-tuning"] = "47.7"
+    rows = [[row, run_cell(cell), paper.get(row)] for row, cell in found.items()]
+    columns = ["", "scenes", "paper, ADE20K"]
+    return {"title": "Table 3: segmentation, mIoU", "columns": columns, "rows": rows}
+
+
+ABLATIONS = {
+    # row of table 4: (flags of pretrain.py, the paper's ImageNet top-1, ADE20K mIoU)
+    "BEiT": ((), "82.86", "44.65"),
+    "- blockwise masking": (("--masking", "random"), "82.77", "42.93"),
+    "- visual tokens": (("--target", "pixels"), "81.04", "41.38"),
+    "- visual tokens - blockwise masking": (
+        ("--target", "pixels", "--masking", "random"),
+        "80.50",
+        "37.09",
+    ),
+    "+ recover 100 %": (("--recover", "all"), "82.59", "40.93"),
+    "- masking + recover 100 %": (("--masking", "none", "--recover", "all"), "81.67", "36.73"),
+    "pretrain longer": ((), "83.19", "45.58"),  # 800 epochs in place of 300
+    "pretrain 4 times as long": ((), None, None),
+    "- visual tokens, normalised pixels": (("--target", "normalised-pixels"), None, None),
+    "VQ-VAE tokenizer": ((), None, None),
+}
+# factor on the epochs: 800 / 300 as in the paper, and one more
+LONGER = {"pretrain longer": 8 / 3, "pretrain 4 times as long": 4}
+TWICE = ("BEiT", "- visual tokens")  # rows with several pre-training seeds
+# rows about masking, repeated on 14 x 14 patches
+MASKING = ("BEiT", "- blockwise masking", "+ recover 100 %", "- masking + recover 100 %")
+
+
+def downstream(runner, records, seg_lrs, seg_flags=(), prefix=""):
+    """Classify and segment from pre-trained models, at the learning rates chosen for BEiT.
+
+    records: {(row, pre-training seed): record}. prefix: of the stages' names. Returns what
+    classify() and segment() return.
+    """
+    s, inits = runner.settings, collections.defaultdict(list)
+    for (row, _), record in records.items():
+        inits[row].append(record["checkpoint"])
+    beit, other = inits.pop("BEiT"), list(inits.items())
+    starts = {"BEiT": Start(beit, s["cls_lr"])} | {row: Start(i, "BEiT") for row, i in other}
+    cls = classify(runner, s["labels"][0], starts, prefix)
+    starts = {"BEiT": Start(beit, seg_lrs, seg_flags)}
+    starts |= {row: Start(init, "BEiT", seg_flags) for row, init in other}
+    return cls, segment(runner, starts, prefix)
+
+
+def masked_accuracy(row, record):
+    """Percent of the masked tokens predicted right; None if not only these are predicted."""
+    masked_only = "mim_accuracy" in record and "--recover" not in ABLATIONS[row][0]
+    return 100 * record["mim_accuracy"] if masked_only else None
+
+
+def longer_flags(recipe, factor):
+    """Flags of pretrain.py for `factor` times the recipe's epochs and warm-up."""
+    column, flags = command_line.COLUMNS.index(recipe), []
+    for name in ("epochs", "warmup_epochs"):
+        epochs = round(pretrain.RECIPES[name][column] * factor, 2)
+        flags += [f"--{name.replace('_', '-')}", epochs]
+    return flags
+
+
+def table4(runner):
+    """Table 4: the effect of each choice in pre-training on classification and segmentation."""
+    s = runner.settings
+    tokenizers = {row: tokenizer_stage(runner) for row in ABLATIONS if "visual tokens" not in row}
+    vq = tokenizer_stage(runner, "tokenizer-vq", "--quantizer", "vq")
+    tokenizers["VQ-VAE tokenizer"] = vq
+    calls = {}
+    for row, (flags, *_) in ABLATIONS.items():
+        if row in LONGER:
+            flags = longer_flags(runner.recipe, LONGER[row])
+        for seed in range(s["pretraining_seeds"] if row in TWICE else 1):
+            calls[row, seed] = beit_call(runner, row, tokenizers.get(row), *flags, seed=seed)
+    records = runner.stages(calls)
+    cls, seg = downstream(runner, records, s["seg_lr"])
+    rows = []
+    for row, (_, imagenet, ade20k) in ABLATIONS.items():
+        mse = f"{tokenizers[row]['reconstruction_mse']:.4f}" if row in tokenizers else None
+        accuracy = masked_accuracy(row, records[row, 0])
+        ours = [run_cell(cls[row]), run_cell(seg[row]), mse, accuracy]
+        rows.append([row, *ours, imagenet, ade20k])
+    columns = ["", f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
+    columns += ["token MSE", "masked accuracy, %", "paper, ImageNet", "paper, ADE20K"]
+    title = "Table 4: ablations, all fine-tuned at the learning rate chosen for BEiT"
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+def grid14(runner):
+    """Table 4's rows about masking on the paper's grid: pre-training and segmentation on scenes.
+
+    Classifiers see single garments, 7 x 7 patches of the same scale: positions are interpolated.
+    """
+    s, tokenizer, calls = runner.settings, tokenizer_stage(runner), {}
+    for seed in range(s["grid14_seeds"]):
+        for row in MASKING:
+            name, flags = f"14x14 {row}", (*s["grid14_pretrain"], *ABLATIONS[row][0])
+            calls[row, seed] = beit_call(
+                runner, name, tokenizer, *flags, seed=seed, images="scenes"
+            )
+    records = runner.stages(calls)
+    cls, seg = downstream(runner, records, s["grid14_seg_lr"], s["grid14_segment"], "14x14-")
+    rows = []
+    for row in MASKING:
+        accuracy = masked_accuracy(row, records[row, 0])
+        rows.append([row, run_cell(cls[row]), run_cell(seg[row]), accuracy, *ABLATIONS[row][1:]])
+    columns = ["", f"top-1 on 7 x 7, {s['labels'][0]} labels per class", "mIoU, scenes"]
+    columns += ["masked accuracy, %", "paper, ImageNet", "paper, ADE20K"]
+    title = "Table 4's rows about masking, pre-trained on 14 x 14 patches"
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+def figure2(runner):
+    """Figure 2: attention maps (OUT/figure2.png), and how well attention separates objects."""
+    s = runner.settings
+    checkpoints = pretrained(runner, tokenizer_stage(runner))
+    if runner.planning:
+        return {}
+    source = sets.open_source(s["scenes"], "test", runner.data_dir)
+    found = collections.defaultdict(list)
+    for seed, checkpoint in enumerate(checkpoints):
+        models, normalise = attention.load_models(checkpoint, seed)
+        scores = attention.separation(models, normalise, source, s["reference_images"])
+        for name, percent in scores.items():
+            found[name].append(percent)
+    flags = ["--data", s["data"], "--split", "test", "--out", str(runner.out / "figure2.png")]
+    flags += ["--data-dir", runner.data_dir] if runner.data_dir else []
+    attention.main([checkpoints[0], "0", "1", "2", "3", *flags])
+    rows = [[name, {"values": [percents]}] for name, percents in found.items()]
+    columns = ["ranking of the other patches", "average precision, %"]
+    return {"title": "Figure 2: attention separates objects", "columns": columns, "rows": rows}
+
+
+EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
+EXPERIMENTS |= {"grid 14": grid14, "figure 2": figure2}

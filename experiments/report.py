@@ -1,0 +1,455 @@
+"""report.html: everything that a run of reproduce.py made, on one page that needs nothing else.
+
+    python -m experiments.report runs/demo
+
+Writes the page again for a folder OUT of reproduce.py, with whatever is there: tables, loss
+curves, pictures, settings, commands, machine and times. Also draws OUT/attention.png from the
+pre-trained model. Pictures are embedded and there are no scripts.
+"""
+
+import base64
+import collections
+import html
+import importlib
+import platform
+import re
+import shlex
+import statistics
+import struct
+from pathlib import Path
+
+from experiments import attention, paper
+from experiments.stages import base_name
+from experiments.tables import all_values, cell_text, finished_stages, read_results
+from plumbing import command_line, log, pictures
+
+SCRIPTS = {
+    "train_tokenizer.py": "tokenizer",
+    "pretrain.py": "pre-training",
+    "finetune_cls.py": "classification",
+    "finetune_seg.py": "segmentation",
+}
+RANDOM = ("from-scratch", "random-weights")  # rows that start from random weights
+PATHS = ("init", "tokenizer")  # flags with a path, which the commands show better
+LINES = 6  # of a chart, at most
+STYLE = """
+:root { color-scheme: light dark; --text: #1d2329; --muted: #59636e; --line: #d8dee4;
+  --page: #ffffff; --soft: #f4f6f8; --link: #1f6fb4 }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e8ec; --muted: #9aa5b1;
+  --line: #3a424b; --page: #16191d; --soft: #20252b; --link: #7ab8ee } }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 64rem; color: var(--text);
+  background: var(--page); font: 16px/1.55 system-ui, sans-serif }
+h1 { margin: 0 0 .4rem; font-size: 1.9rem; line-height: 1.2 }
+h2 { margin: 3rem 0 .8rem; padding-bottom: .3rem; font-size: 1.35rem;
+  border-bottom: 1px solid var(--line) }
+h3 { margin: 1.8rem 0 .5rem; font-size: 1.05rem }
+p { max-width: 44rem; margin: .6rem 0 }
+a { color: var(--link) }
+nav a { margin-right: 1.1rem; white-space: nowrap }
+.muted, figcaption, small { color: var(--muted) }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { padding: .38rem .9rem .38rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line) }
+th { font-weight: 600; border-bottom-width: 2px }
+td + td, th + th { padding-left: .9rem }
+td:first-child { min-width: 10rem }
+.number { text-align: right }
+td.number { white-space: nowrap }
+.number small { display: block }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr));
+  gap: 1rem }
+svg, img { display: block; max-width: 100%; height: auto; border-radius: 4px }
+figure { margin: .8rem 0 1.6rem }
+figcaption { max-width: 44rem; margin-top: .45rem; font-size: .92rem }
+.small { width: 40rem; image-rendering: pixelated }
+details { margin: .6rem 0 }
+summary { cursor: pointer }
+pre { margin: .6rem 0; padding: .8rem 1rem; max-height: 28rem; overflow: auto;
+  background: var(--soft); border-radius: 4px; font: .82rem/1.5 ui-monospace, monospace }
+"""
+
+# -------------------------------------------------------- tables
+
+
+def number(cell):
+    """Is a cell of a table a number, or a number with its spread?"""
+    if isinstance(cell, str):
+        return bool(re.fullmatch(r"-?[\d.]+", cell))
+    return isinstance(cell, (int, float, dict))
+
+
+def table_html(columns, rows):
+    """A table with cells as in tables.py; columns of numbers are aligned to the right.
+
+    The tooltip of a cell of runs has their values.
+    """
+    right = []
+    for column in zip(*rows):
+        numbers = [number(cell) for cell in column if cell not in (None, "")]
+        right.append(' class="number"' if numbers and all(numbers) else "")
+    head = (f"<th{kind}>{html.escape(text)}</th>" for text, kind in zip(columns, right))
+    lines = ["".join(head)]
+    for row in rows:
+        line = ""
+        for cell, kind in zip(row, right):
+            text, tip = html.escape(cell_text(cell)), ""
+            if isinstance(cell, dict):
+                text = re.sub(r" \((lr .*)\)$", r" <small>\1</small>", text)
+                tip = f' title="{", ".join(f"{value:.1f}" for value in all_values(cell))}"'
+            line += f"<td{kind}{tip}>{text}</td>"
+        lines.append(line)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n{body}\n</table></div>'
+
+
+def results(saved):
+    """The tables of results.json."""
+    parts = [
+        "<p>All results are on test images. Learning rates are chosen on the validation split, "
+        "with a separate seed. Numbers with ± are mean and standard deviation over all runs of a "
+        "row; each fine-tuning seed has its own labelled images.</p>"
+    ]
+    for name in (*paper.EXPERIMENTS, "claims"):
+        if name not in saved["tables"]:
+            continue
+        table = saved["tables"][name]
+        parts.append(f"<h3>{html.escape(table['title'])}</h3>")
+        parts.append(table_html(table["columns"], table["rows"]))
+    return parts if saved["tables"] else []
+
+
+# -------------------------------------------------------- loss curves
+
+
+def losses(out, name, key="loss"):
+    """[(step, value)] of a stage from its metrics; a final evaluation counts for the last step."""
+    if not (out / name / "metrics.jsonl").exists():
+        return []
+    points, step = [], 0
+    for record in log.read_metrics(out / name):
+        step = record.get("step", step)
+        if key in record:
+            points.append((step, record[key]))
+    return points
+
+
+def mean_losses(curves):
+    """The mean of several curves at the steps that all of them have."""
+    values = collections.defaultdict(list)
+    for curve in curves:
+        for step, value in curve:
+            values[step].append(value)
+    return [(step, statistics.mean(v)) for step, v in values.items() if len(v) == len(curves)]
+
+
+def chart(points, title, y_label):
+    """A chart of the training loss."""
+    return pictures.svg_curve(points, title, "step", y_label, width=500, height=270)
+
+
+def row_names(saved):
+    """{part of a stage's name: the table's row that it stands for}."""
+    rows = [row[0] for table in saved["tables"].values() for row in table["rows"]]
+    return {paper.slug(row): row for row in rows} | {"beit": "BEiT"}
+
+
+def fine_tuning_charts(out, stages, names):
+    """For each task the mean training loss of its rows: BEiT against random weights if they ran."""
+    tasks = collections.defaultdict(lambda: collections.defaultdict(list))
+    for name in sorted(stages):
+        match = re.fullmatch(r"((?:14x14-)?(?:cls\w+?|seg))-(.+)-\d+-\d+", base_name(name))
+        if match and (curve := losses(out, name)):
+            task, row = match.groups()
+            tasks[task][row].append(curve)
+    charts = []
+    for task, rows in tasks.items():
+        fresh = [row for row in rows if row.startswith(RANDOM) and "smaller" not in row]
+        shown = ["beit"] * ("beit" in rows)
+        others = fresh if fresh and shown else [row for row in rows if row != "beit"]
+        title = "Segmenters" if "seg" in task else "Classifiers"
+        if labels := re.search(r"cls(\w+)", task):
+            title += f", {'all labels' if labels[1] == 'all' else f'{labels[1]} labels per class'}"
+        title += ", after 14 x 14 patches" if task.startswith("14x14") else ""
+        step = LINES - len(shown)
+        for part in range(0, max(len(others), 1), step):
+            points = {
+                names.get(row, row.replace("-", " ")): mean_losses(rows[row])
+                for row in (*shown, *others[part : part + step])
+            }
+            charts.append(chart(points, title, "training loss, mean"))
+    return charts
+
+
+def curves(out, stages, names):
+    """Loss curves of all stages but the searches for learning rates."""
+    charts = []
+    for name, stage in stages.items():
+        script, text = stage["command"].split()[0], base_name(name)
+        points = losses(out, name)
+        if script == "train_tokenizer.py" and points:
+            parts = {key: losses(out, name, key) for key in ("loss", "reconstruction")}
+            parts = {key: line for key, line in parts.items() if line}
+            charts.append(chart(parts, text.replace("-", " ").capitalize(), "training loss"))
+        if script == "pretrain.py" and points:
+            held_out = losses(out, name, "mim_loss")
+            parts = {"training": points} | ({"held out": held_out} if held_out else {})
+            label = "nats per token" if held_out else "loss"
+            charts.append(chart(parts, f"Pre-training: {text}", label))
+    charts += fine_tuning_charts(out, stages, names)
+    return ['<div class="charts">', *charts, "</div>"] if charts else []
+
+
+# -------------------------------------------------------- pictures
+
+
+def figure(path, caption):
+    """A PNG file in the page, with a caption; nothing if there is no such file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    small = ' class="small"' if width < 640 else ""
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    size = f'width="{width}" height="{height}"'
+    image = f'<img{small} {size} src="{source}" alt="{html.escape(caption)}">'
+    return [f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"]
+
+
+def draw_attention(out, stages, data_dir):
+    """Draw OUT/attention.png from the pre-trained BEiT, on the first test images of its data."""
+    trained = [
+        name
+        for name, stage in stages.items()
+        if stage["command"].startswith("pretrain.py") and (out / name / "checkpoint.pt").exists()
+    ]
+    trained.sort(key=lambda name: not base_name(name).startswith("beit"))
+    if not trained:
+        return
+    data = flags_of(stages[trained[0]]["command"])["data"]
+    flags = ["--data", data, "--split", "test", "--out", str(out / "attention.png")]
+    flags += ["--data-dir", data_dir] if data_dir else []
+    attention.main([str(out / trained[0] / "checkpoint.pt"), "0", "1", "2", *flags])
+
+
+def stage_figure(out, name, stage, names):
+    """The picture that a stage made, with its caption: a list of HTML parts."""
+    script, text = stage["command"].split()[0], base_name(name)
+    if script == "train_tokenizer.py":
+        caption = "test images above their reconstructions from visual tokens"
+        return figure(out / name / "reconstructions.png", f"Stage {text}: {caption}.")
+    if script == "pretrain.py" and text.endswith("-0"):
+        tokens = flags_of(stage["command"]).get("target", "tokens") == "tokens"
+        decoded = ", decoded from visual tokens" if tokens else ""
+        caption = "test images, the input with masked patches in grey, the model's predictions"
+        return figure(out / name / "predictions.png", f"Stage {text}: {caption}{decoded}.")
+    match = re.fullmatch(r"(?:14x14-)?seg-(.+)-0-0", text)
+    if script == "finetune_seg.py" and match:
+        start = names.get(match[1], match[1].replace("-", " "))
+        caption = "test images, the true class of each pixel, the predicted class"
+        return figure(out / name / "segmentation.png", f"From {start}: {caption}.")
+    return []
+
+
+def gallery(out, stages, names):
+    """Reconstructions, predictions, segmentations and attention maps."""
+    titles = {
+        "train_tokenizer.py": "Reconstructions by the tokenizer",
+        "pretrain.py": "Masks and predictions",
+        "finetune_seg.py": "Segmentations",
+    }
+    parts = []
+    for script, title in titles.items():
+        made = [
+            part
+            for name, stage in stages.items()
+            if stage["command"].startswith(script)
+            for part in stage_figure(out, name, stage, names)
+        ]
+        parts += [f"<h3>{title}</h3>", *made] if made else []
+    caption = (
+        "Test images with reference patches in red, and where each of these looks (bright): "
+        "attention of the last layer, pre-trained above random weights."
+    )
+    drawn = out / "figure2.png"
+    maps = figure(drawn if drawn.exists() else out / "attention.png", caption)
+    return parts + (["<h3>Attention maps (figure 2)</h3>", *maps] if maps else [])
+
+
+# -------------------------------------------------------- settings, commands, times
+
+
+def flags_of(command):
+    """{"name": value} of a script's command line; a flag without a value is "yes"."""
+    found, words = {}, shlex.split(command)[1:]
+    for word, following in zip(words, [*words[1:], "--"]):
+        if word.startswith("--"):
+            found[word[2:].replace("-", "_")] = "yes" if following.startswith("--") else following
+    return found
+
+
+def value_text(value):
+    """A setting as text, the same for 15, 15.0 and '15.0'."""
+    if isinstance(value, tuple):
+        return ", ".join(map(value_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    try:
+        return f"{float(value):.6g}"
+    except ValueError:
+        return str(value)
+
+
+def sort_key(text):
+    """Sorts numbers by value, before other text."""
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text
+
+
+def settings_of(script, recipe, stages):
+    """Rows (name, values used, help) of a script's recipe and its other flags."""
+    commands = [flags_of(s["command"]) for s in stages.values() if s["command"].startswith(script)]
+    recipes = importlib.import_module(script.removesuffix(".py")).RECIPES
+    index, rows = command_line.COLUMNS.index(recipe), []
+    others = {name: "" for flags in commands for name in flags if name not in (*PATHS, "recipe")}
+    for name in recipes | others:
+        default = recipes[name][index] if name in recipes else "no"
+        used = {value_text(flags.get(name, default)) for flags in commands}
+        text = recipes[name][-1] if name in recipes else "a flag, not part of the recipe"
+        rows.append([name, ", ".join(sorted(used, key=sort_key)), text])
+    return rows
+
+
+def settings(recipe, stages):
+    """The recipe of each script as its stages used it, and of the experiments."""
+    parts = [
+        "<p>Values that the stages used, several where they differ. The commands below show "
+        "which stage used which.</p>"
+    ]
+    columns = ["setting", "values", "meaning"]
+    for script in SCRIPTS:
+        if any(stage["command"].startswith(script) for stage in stages.values()):
+            table = table_html(columns, settings_of(script, recipe, stages))
+            parts.append(f"<details><summary>{script}</summary>{table}</details>")
+    column = paper.settings(recipe)
+    rows = [
+        [name, value_text(column[name]), text]
+        for name, (*_, text) in paper.RECIPES.items()
+        if column[name] is not None
+    ]
+    table = table_html(columns, rows)
+    return [*parts, f"<details><summary>experiments</summary>{table}</details>"]
+
+
+def commands(out):
+    """The exact command of each stage."""
+    path = out / "commands.txt"
+    if not path.exists():
+        return []
+    lines = (f"python {line}" for line in path.read_text().splitlines())
+    return [f"<pre>{html.escape(chr(10).join(lines))}</pre>"]
+
+
+def seeds(stages):
+    """The seeds of each kind of stage, as text."""
+    used = collections.defaultdict(set)
+    for name, stage in stages.items():
+        kind = SCRIPTS[stage["command"].split()[0]]
+        kind = "search for learning rates" if name.startswith("search-") else kind
+        used[kind].add(int(flags_of(stage["command"]).get("seed", 0)))
+    return "; ".join(f"{kind} {', '.join(map(str, sorted(s)))}" for kind, s in used.items())
+
+
+def times(saved, stages):
+    """The machine, the versions, the seeds and the time of each stage."""
+    parts = []
+    if "machine" in saved:
+        where = f"{saved['machine']}; torch {saved['torch']}; Python {platform.python_version()}."
+        parts.append(f"<p>{html.escape(where)}</p>")
+    if stages:
+        rows = [
+            [name, stage["seconds"], stage["threads"] or "all", value_text(stage["resumed"])]
+            for name, stage in stages.items()
+        ]
+        parts += [
+            f"<p>Seeds: {html.escape(seeds(stages))}.</p>",
+            "<p>Stages with one thread run side by side. The seconds of a resumed stage are those "
+            "of its last process.</p>",
+            table_html(["stage", "seconds", "CPU threads", "resumed"], rows),
+        ]
+    return parts
+
+
+# -------------------------------------------------------- the page
+
+
+def page(recipe, sections):
+    """The whole page. sections: {title: list of HTML parts}; empty ones are left out."""
+    sections = {title: parts for title, parts in sections.items() if parts}
+    links = [f'<a href="#{paper.slug(title)}">{html.escape(title)}</a>' for title in sections]
+    body = []
+    for title, parts in sections.items():
+        heading = f'<h2 id="{paper.slug(title)}">{html.escape(title)}</h2>'
+        body += ["<section>", heading, *parts, "</section>"]
+    column = paper.settings(recipe)
+    data = " and ".join(dict.fromkeys((column["data"], column["scenes"])))
+    title = f"BEiT at small scale: recipe {recipe}"
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<h1>{html.escape(title)}</h1>",
+            '<p><a href="https://arxiv.org/abs/2106.08254">BEiT</a> (Bao et al., ICLR 2022) learns '
+            "from images without labels: a tokenizer turns each image into visual tokens, and a "
+            "vision transformer learns to predict the tokens of masked patches. Then it is "
+            "fine-tuned to classify and to segment images, here in comparison with random "
+            f"weights. Data: {html.escape(data)}.</p>",
+            f"<nav>{''.join(links)}</nav>",
+            *body,
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def write(out, data_dir=None):
+    """Write OUT/report.html from what is in OUT and return its path.
+
+    data_dir: --data-dir of the scripts, for the attention maps. Raises ValueError if OUT has
+    neither results nor finished stages.
+    """
+    out = Path(out)
+    saved, stages, order = read_results(out), finished_stages(out), list(SCRIPTS)
+    stages = dict(sorted(stages.items(), key=lambda s: order.index(s[1]["command"].split()[0])))
+    if not saved["tables"] and not stages:
+        raise ValueError(f"{out} has no results: it is not a folder of reproduce.py")
+    if not (out / "figure2.png").exists():
+        draw_attention(out, stages, data_dir)
+    names, recipe = row_names(saved), saved.get("recipe", "demo")
+    sections = {
+        "Results": results(saved),
+        "Loss curves": curves(out, stages, names),
+        "Pictures": gallery(out, stages, names),
+        "Settings": settings(recipe, stages),
+        "Commands": commands(out),
+        "Machine, seeds and times": times(saved, stages),
+    }
+    path = out / "report.html"
+    path.write_text(page(recipe, sections), encoding="utf-8")
+    return path
+
+
+def main(argv=None):
+    """Command line: see the top of this file."""
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("out", help="folder of a run of reproduce.py")
+    parser.add_argument("--data-dir", help="folder with the data set's original files")
+    args = parser.parse_args(argv)
+    print(write(args.out, args.data_dir))
+
+
+if __name__ == "__main__":
+    with command_line.one_line_errors():
+        main()

@@ -1,0 +1,164 @@
+"""Tables: the paper's claims against our results, results.json, and Markdown for the documents.
+
+A table is {"title", "columns", "rows"}. A cell is text, a number, None, or the results of runs:
+{"values": [[one per fine-tuning seed] per pre-training seed], "lr": the learning rate chosen}.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+
+import torch
+
+from experiments import HERE
+from experiments.machine import machine
+
+CLAIMS = [
+    # (claim, experiment, column, the row that should win, the row that should lose)
+    ("BEiT beats training from scratch, few labels", "table 1", 1, "BEiT", "from scratch"),
+    ("BEiT beats training from scratch, all labels", "table 1", -2, "BEiT", "from scratch"),
+    ("Higher resolution helps", "table 1", 1, "BEiT, higher resolution", "BEiT"),
+    ("The larger model is better", "table 1", 1, "BEiT", "BEiT, smaller model"),
+    ("BEiT beats supervised pre-training in segmentation", "table 3", 1,
+     "BEiT", "supervised classification"),
+    ("BEiT beats random weights in segmentation", "table 3", 1, "BEiT", "random weights"),
+    ("Intermediate fine-tuning helps segmentation", "table 3", 1,
+     "BEiT, intermediate fine-tuning", "BEiT"),
+    ("Visual tokens beat pixels, classification", "table 4", 1, "BEiT", "- visual tokens"),
+    ("Visual tokens beat pixels, segmentation", "table 4", 2, "BEiT", "- visual tokens"),
+    *(
+        (f"{claim}, {task}{grid}", experiment, column, "BEiT", loser)
+        for experiment, grid in (("table 4", ""), ("grid 14", ", 14x14"))
+        for claim, loser in (
+            ("Blockwise beats random masking", "- blockwise masking"),
+            ("Recovering masked tokens alone beats 100 %", "+ recover 100 %"),
+            ("Masking beats none", "- masking + recover 100 %"),
+        )
+        for column, task in ((1, "classification"), (2, "segmentation"))
+    ),
+    ("Pre-training longer helps, classification", "table 4", 1, "pretrain longer", "BEiT"),
+    ("Pre-training longer helps, segmentation", "table 4", 2, "pretrain longer", "BEiT"),
+    ("Attention separates objects: more than random weights'", "figure 2", 1,
+     "pre-trained", "random weights"),
+    ("Attention separates objects: more than nearness", "figure 2", 1,
+     "pre-trained", "nearness"),
+]
+MARKER = re.compile(r"(<!-- (results/\w+\.json): ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def verdicts(tables):
+    """A table with a verdict on each of CLAIMS whose experiment is in `tables` {name: table}.
+
+    "holds": the difference of the means exceeds twice the pooled standard deviation; "does not
+    hold": it is below minus that; "undecided": it is between, or a row has only one run.
+    """
+    rows = []
+    for claim, experiment, column, winner, loser in CLAIMS:
+        if experiment not in tables:
+            continue
+        cells = {row[0]: row[column] for row in tables[experiment]["rows"]}
+        a, b = (all_values(cells[row]) for row in (winner, loser))
+        difference = statistics.mean(a) - statistics.mean(b)
+        margin = math.inf
+        if min(len(a), len(b)) > 1:
+            margin = 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
+        verdict = "holds" if difference > 0 else "does not hold"
+        if abs(difference) <= margin:
+            verdict = "undecided"
+        numbers = f"{spread(cells[winner])} against {spread(cells[loser])}"
+        rows.append([claim, verdict, numbers])
+    columns = ["claim", "at this scale", "numbers"]
+    return {"title": "The paper's claims", "columns": columns, "rows": rows}
+
+
+def run_cell(found):
+    """A cell from a row of fine-tuning runs (without their checkpoints), or from a number."""
+    if not isinstance(found, dict):
+        return found
+    return {key: found[key] for key in ("values", "lr") if key in found}
+
+
+def all_values(cell):
+    """The values of a cell's runs in one list."""
+    return [value for run in cell["values"] for value in run]
+
+
+def spread(cell):
+    """'mean ± standard deviation' over all runs of a cell."""
+    values = all_values(cell)
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def cell_text(cell):
+    """A cell as text: runs as their spread and the learning rate, numbers with one decimal."""
+    if isinstance(cell, dict):
+        return spread(cell) + (f" (lr {cell['lr']:g})" if "lr" in cell else "")
+    if cell is None:
+        return ""
+    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+
+
+def markdown(table):
+    """A table as Markdown with aligned columns."""
+    cells = ([cell_text(cell).replace("|", r"\|") for cell in row] for row in table["rows"])
+    lines = [table["columns"], *cells]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * max(3, width) for width in widths])
+    padded = ([text.ljust(width) for text, width in zip(line, widths)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def fill_tables(text):
+    """The text with its tables filled in from docs/results.
+
+    A table stands between `<!-- results/NAME.json: EXPERIMENT -->` and `<!-- end -->`.
+    """
+
+    def fill(match):
+        start, path, experiment, _, end = match.groups()
+        saved = json.loads((HERE / "docs" / path).read_text())
+        return f"{start}{markdown(saved['tables'][experiment])}\n{end}"
+
+    return MARKER.sub(fill, text)
+
+
+def fill_documents():
+    """Fill the tables of README.md and docs/*.md."""
+    for path in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))):
+        path.write_text(fill_tables(path.read_text()))
+
+
+def read_results(out):
+    """OUT/results.json, empty if there is none: {"tables", "stages", "recipe", ...}."""
+    path = out / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {"tables": {}, "stages": {}}
+
+
+def finished_stages(out):
+    """{name: OUT/name.json} of the finished stages, in the order in which they finished."""
+    paths = [path for path in out.glob("*.json") if path.name != "results.json"]
+    paths.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def save_results(runner, tables):
+    """Add `tables` {experiment: table} to OUT/results.json and return all that it then holds.
+
+    It also has the time of each finished stage, the verdicts on the claims and the machine.
+    """
+    saved, finished = read_results(runner.out), finished_stages(runner.out)
+    saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__)}
+    for name in sorted(finished):
+        times = {key: finished[name][key] for key in ("seconds", "threads", "resumed")}
+        saved["stages"][name] = times
+    saved["tables"] |= tables
+    claims = verdicts(saved["tables"])
+    if claims["rows"]:
+        saved["tables"]["claims"] = claims
+    new = runner.out / "results.tmp"
+    new.write_text(json.dumps(saved, indent=1) + "\n")
+    os.replace(new, runner.out / "results.json")
+    return saved

@@ -1,0 +1,132 @@
+"""Batches: which samples each process gets at each step, and the ranges of their pixels."""
+
+import signal
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from plumbing import signals
+
+NORMALISE = {  # mean and std of R, G, B
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def steps_per_epoch(size, batch_size):
+    """Number of whole global batches in an epoch of `size` images.
+
+    Raises ValueError if there is not even one.
+    """
+    if size < batch_size:
+        raise ValueError(
+            f"{size} training images are fewer than the batch size {batch_size}: lower --batch-size"
+        )
+    return size // batch_size
+
+
+class StepBatches(Sampler):
+    """This process's keys (epoch, index) for each step in range(first, last).
+
+    Each epoch is shuffled by (seed, epoch) and cut into global batches; an incomplete last one is
+    dropped. Each process takes a contiguous part of a global batch, `batch` keys. So a step has the
+    same samples in the same places for any number of processes, wherever the run was resumed.
+    """
+
+    def __init__(self, size, batch, rank, world, seed, first, last):
+        self.steps_per_epoch = steps_per_epoch(size, batch * world)
+        self.batch, self.start, self.stride = batch, batch * rank, batch * world
+        self.first, self.last = first, last
+        self.sampler = DistributedSampler(range(size), num_replicas=1, rank=0, seed=seed)
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        step = self.first
+        while step < self.last:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            self.sampler.set_epoch(epoch)
+            order = list(self.sampler)
+            for b in range(within, min(self.steps_per_epoch, within + self.last - step)):
+                start = b * self.stride + self.start
+                yield [(epoch, index) for index in order[start : start + self.batch]]
+                step += 1
+
+
+def train_batches(dataset, run):
+    """A loader of this process's batches for the steps that a plumbing.run.Run still has to do."""
+    args, process = run.args, run.process
+    sampler = StepBatches(
+        len(dataset), run.batch_size, process.rank, process.world, args.seed, run.first, run.total
+    )
+    return loader(dataset, sampler, args.workers, pin_memory=process.device.type == "cuda")
+
+
+def eval_batches(dataset, args, process):
+    """Yield this process's share of the first --eval-images samples, each once and in order.
+
+    Batches are as large as an accumulation pass, or one image each if images differ in size. The
+    epoch in their keys is -1. Raises Stopped if a signal came; with several processes, which wait
+    for each other's sums, evaluation finishes first.
+    """
+    batch = max(1, args.batch_size // process.world // args.accumulate) if dataset.one_size else 1
+    indices = range(process.rank, min(len(dataset), args.eval_images), process.world)
+    keys = [(-1, index) for index in indices]
+    parts = [keys[start : start + batch] for start in range(0, len(keys), batch)]
+    for loaded in loader(dataset, parts, args.workers):
+        if signals.received and process.world == 1:
+            raise signals.Stopped("stopped by a signal during evaluation, which changes nothing")
+        yield loaded
+
+
+def loader(dataset, keys, workers, pin_memory=False):
+    """A DataLoader for a dataset whose __getitems__ makes a whole batch from a list of keys."""
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=keep_batch,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin_memory,
+    )
+
+
+def keep_batch(batch):
+    """Collate function: __getitems__ has made the batch already."""
+    return batch
+
+
+def ignore_signals(worker):
+    """Make a loader process ignore SIGTERM and SIGINT.
+
+    Both may be sent to the whole process group, but only the main process should act on them: it
+    still needs the batches of its loader to finish its step.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def to_float(images, device):
+    """uint8 (B, 3, H, W) -> float in [0, 1] on the device, the range that the tokenizer takes."""
+    return images.to(device, non_blocking=True).float().div_(255)
+
+
+def standardise(images, normalise):
+    """Images (B, 3, H, W) in [0, 1] -> (images - mean) / std, the range that the backbone takes.
+
+    normalise: a key of NORMALISE.
+    """
+    mean, std = mean_and_std(normalise, images.device)
+    return (images - mean) / std
+
+
+def unstandardise(images, normalise):
+    """The inverse of standardise."""
+    mean, std = mean_and_std(normalise, images.device)
+    return images * std + mean
+
+
+def mean_and_std(normalise, device):
+    """The mean and std named by `normalise`, each (3, 1, 1)."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in NORMALISE[normalise]]

@@ -1,0 +1,195 @@
+"""The two kinds of data set, Arrays and Files, and subsets of them.
+
+Both have a name, a length, `labels` and `masks` (None if the set has none), the names `classes` and
+`mask_classes`, and read(indices), read_labels(indices) and read_masks(indices).
+"""
+
+import copy
+import warnings
+
+import numpy as np
+
+IGNORE = 255  # mask value of pixels that count in neither the loss nor mIoU
+SPLITS = ("train", "val", "test")
+
+
+class NoSplit(ValueError):
+    """The data set exists but does not have this split."""
+
+
+class Arrays:
+    """Images of one size, in memory or memory-mapped.
+
+    images: uint8 (n, H, W) or (n, H, W, 3). labels: integers (n,) or None. masks: uint8 (n, H, W)
+    or None, IGNORE at pixels without a class. classes, mask_classes: names, by default the class
+    numbers. Raises ValueError for any other type or shape.
+    """
+
+    def __init__(self, name, images, labels=None, masks=None, classes=None, mask_classes=None):
+        is_grey, is_rgb = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
+        if images.dtype != np.uint8 or not (is_grey or is_rgb):
+            raise ValueError(
+                f"{name}: images are {images.dtype} {images.shape}; expected uint8 (n, H, W) or "
+                "(n, H, W, 3)"
+            )
+        if len(images) == 0:
+            raise ValueError(f"{name}: it has no images")
+        if masks is not None and (masks.dtype != np.uint8 or masks.shape != images.shape[:3]):
+            raise ValueError(
+                f"{name}: masks are {masks.dtype} {masks.shape}; expected uint8 {images.shape[:3]}"
+            )
+        self.name, self.images, self.masks = name, images, masks
+        self.labels = None if labels is None else checked_labels(name, labels, len(images))
+        self.classes = class_names(classes, self.labels)
+        self.mask_classes = class_names(mask_classes, masks)
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, indices):
+        """uint8 images (B, H, W, 3); grey images get three equal channels."""
+        images = np.array(self.images[indices])
+        return images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
+
+    def read_labels(self, indices):
+        """int64 labels (B,)."""
+        return self.labels[indices]
+
+    def read_masks(self, indices):
+        """uint8 masks (B, H, W)."""
+        return np.array(self.masks[indices])
+
+
+def checked_labels(name, labels, count):
+    """Labels as int64 (n,). Raises ValueError unless they are `count` integers, none below 0."""
+    if labels.ndim == 2 and labels.shape[1] == 1:  # as in MedMNIST
+        labels = labels[:, 0]
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{name}: labels are {labels.dtype} {labels.shape}; expected integers ({count},)"
+        )
+    if labels.min() < 0:
+        raise ValueError(f"{name}: label {labels.min()} is out of range: classes start at 0")
+    return np.asarray(labels, np.int64)
+
+
+def class_names(names, values):
+    """`names` as strings; without names the numbers 0 to the largest of `values`; else []."""
+    if names is not None:
+        return [str(name) for name in names]
+    if values is None:
+        return []
+    return [str(c) for c in range(values.max(where=values != IGNORE, initial=0) + 1)]
+
+
+class Files:
+    """Image files of any size, decoded one at a time when they are read.
+
+    paths: the images; labels: n integers or None; masks: paths of the annotations or None.
+    """
+
+    def __init__(self, name, paths, labels=None, masks=None, classes=(), mask_classes=()):
+        self.name, self.paths, self.masks = name, paths, masks
+        self.labels = None if labels is None else np.asarray(labels, np.int64)
+        self.classes, self.mask_classes = list(classes), list(mask_classes)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, indices):
+        """The image at the one index as uint8 (1, H, W, 3).
+
+        Palettes, CMYK and so on become RGB; 16-bit grey keeps its upper byte. Raises ValueError
+        naming a file that cannot be decoded.
+        """
+        (index,) = indices
+        image = decode(self.paths[index])
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
+            grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(grey[None, ..., None], 3, axis=3)
+        return np.array(image.convert("RGB"))[None]
+
+    def read_labels(self, indices):
+        """int64 labels (1,)."""
+        return self.labels[indices]
+
+    def read_masks(self, indices):
+        """The mask at the one index as uint8 (1, H, W).
+
+        ADE20K's annotation value 0, "other", becomes IGNORE; its classes 1 to 150 become 0 to 149.
+        """
+        (index,) = indices
+        return np.asarray(decode(self.masks[index]))[None] - np.uint8(1)  # 0 wraps round to 255
+
+
+def decode(path):
+    """Open and decode one image file with Pillow; of an animation, the first frame.
+
+    Raises ValueError naming the file if it is no readable image, or if Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(
+            f"reading {path} needs the optional package Pillow: pip install pillow, or use arrays "
+            "(see python -m images.convert --help)"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # A file of a few bytes can claim a hundred million pixels.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+        return image
+    except Exception as error:  # OSError, SyntaxError, ValueError, Pillow's own bomb error, ...
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def check_names(held_out, trained, source):
+    """Check that the held-out set numbers its classes as the training set does.
+
+    held_out, trained: lists of class names; the held-out set may lack the last classes. Raises
+    ValueError naming `source`, the held-out set, and the first class that differs.
+    """
+    if held_out != trained[: len(held_out)]:
+        wrong = next(name for c, name in enumerate(held_out) if trained[c : c + 1] != [name])
+        raise ValueError(
+            f"{source.name}: class {wrong!r} has another number than in the training set"
+        )
+
+
+def balanced_subset(source, per_class, seed):
+    """A random subset with `per_class` images of each class.
+
+    Raises ValueError if a class has fewer.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for c, name in enumerate(source.classes):
+        of_class = np.flatnonzero(source.labels == c)
+        if len(of_class) < per_class:
+            raise ValueError(
+                f"{source.name}: class {name!r} has {len(of_class)} images, not {per_class}"
+            )
+        chosen.append(rng.choice(of_class, per_class, replace=False))
+    return subset(source, np.sort(np.concatenate(chosen)))
+
+
+def random_subset(source, count, seed):
+    """A random subset of `count` images. Raises ValueError if the source has fewer."""
+    if count > len(source):
+        raise ValueError(f"{source.name}: it has {len(source)} images, not {count}")
+    chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
+    return subset(source, np.sort(chosen))
+
+
+def subset(source, indices):
+    """A copy of the source with only the images at `indices`."""
+    smaller = copy.copy(source)
+    for name in ("images", "paths", "labels", "masks"):
+        values = getattr(source, name, None)
+        if values is not None:
+            is_array = isinstance(values, np.ndarray)
+            chosen = values[indices] if is_array else [values[index] for index in indices]
+            setattr(smaller, name, chosen)
+    return smaller

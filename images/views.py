@@ -1,0 +1,171 @@
+"""Views of images (section 2.5): one random crop, flip and colour jitter, resized once per view.
+
+In pre-training the patches and the tokenizer see the same crop at two sizes (224 and 112 pixels in
+the paper), so position i of both grids shows the same part of the image.
+"""
+
+import math
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from images import augment, sources
+from plumbing import noise
+
+
+def random_box(rng, height, width, min_area):
+    """A random resized crop as (top, left, height, width) in pixels.
+
+    Its area is min_area to 1 of the image's, its aspect ratio log-uniform in 3/4 to 4/3. With
+    min_area 1 it is the whole image.
+    """
+    if min_area >= 1:
+        return 0, 0, height, width
+    for _ in range(10):
+        area = height * width * rng.uniform(min_area, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    return square_box(height, width, min(height, width))  # for very long images
+
+
+def centre_box(height, width, share):
+    """The evaluation crop (top, left, height, width): a centred square.
+
+    Its side is `share` of the image's short side. With share 1 it is the whole image instead.
+    """
+    if share >= 1:
+        return 0, 0, height, width
+    return square_box(height, width, round(share * min(height, width)))
+
+
+def square_box(height, width, side):
+    """The centred square of `side` pixels: (top, left, side, side)."""
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def crop_resize(images, boxes, size, kernel):
+    """Crop each image to its box and resize it with antialiasing, as Pillow does.
+
+    images: uint8 (B, 3, H, W); boxes: B tuples (top, left, height, width) of whole pixels; kernel:
+    "bicubic" or "lanczos". Returns uint8 (B, 3, size, size).
+    """
+    crops = (
+        images[b : b + 1, :, top : top + height, left : left + width]
+        for b, (top, left, height, width) in enumerate(boxes)
+    )
+    return torch.cat([F.interpolate(c, (size, size), mode=kernel, antialias=True) for c in crops])
+
+
+class Samples(Dataset):
+    """A source for training or evaluation. __getitems__ takes a batch of keys (epoch, index).
+
+    In evaluation an unreadable file is an error. In training it is named on stderr, counted in
+    `skipped` and replaced by the next readable one.
+    """
+
+    def __init__(self, source, train, seed):
+        self.source, self.train, self.seed = source, train, seed
+        self.one_size = True  # can its samples be stacked to a batch in evaluation?
+        self.skipped = torch.zeros(
+            1, dtype=torch.int64
+        ).share_memory_()  # shared with the loader's processes
+
+    def __len__(self):
+        return len(self.source)
+
+    def problems(self):
+        """{"skipped": number of unreadable files so far} for the log; empty if there were none."""
+        skipped = int(self.skipped)
+        return {"skipped": skipped} if skipped else {}
+
+    def read(self, indices, *readers):
+        """[reader(indices) for each reader]; in training, unreadable files are replaced."""
+        for offset in range(100):
+            try:
+                moved = [(index + offset) % len(self) for index in indices]
+                return [reader(moved) for reader in readers]
+            except ValueError as error:
+                if not self.train:
+                    raise
+                self.skipped += 1
+                print(f"skipped: {error}", file=sys.stderr)
+        raise ValueError(f"{self.source.name}: 100 files in a row cannot be read")
+
+
+class Crops(Samples):
+    """One random crop, flip and colour jitter of each image, resized to one or more views.
+
+    views: list of (size, kernel), see crop_resize. min_crop: smallest share of the area that a crop
+    keeps. jitter: brightness, contrast and saturation vary by this factor either way. centre: share
+    of the short side for evaluation (train=False), where nothing is random; see centre_box.
+
+    A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view, followed by the
+    labels (B,) if labels=True.
+    """
+
+    def __init__(
+        self,
+        source,
+        views,
+        train,
+        seed=0,
+        min_crop=1.0,
+        flip=False,
+        jitter=0.0,
+        centre=1.0,
+        labels=False,
+    ):
+        super().__init__(source, train, seed)
+        self.views, self.centre, self.labels = views, centre, labels
+        self.min_crop, self.flip, self.jitter = min_crop, flip, jitter
+
+    def draw(self, key, height, width):
+        """The random choices for one sample: (box, flip or not, three colour factors)."""
+        if not self.train:
+            return centre_box(height, width, self.centre), False, (1.0, 1.0, 1.0)
+        rng = noise.sample_rng(self.seed, *key)
+        box = random_box(rng, height, width, self.min_crop)
+        factors = [1 + self.jitter * (2 * rng.random() - 1) for _ in range(3)]
+        return box, self.flip and rng.random() < 0.5, factors
+
+    def crop(self, keys):
+        """The views, and labels if wanted, of samples whose images have one size."""
+        readers = [self.source.read] + [self.source.read_labels] * self.labels
+        images, *labels = self.read([index for _, index in keys], *readers)
+        height, width = images.shape[1:3]
+        boxes, flips, factors = zip(*(self.draw(key, height, width) for key in keys))
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        if any(flips):
+            images = torch.where(torch.tensor(flips)[:, None, None, None], images.flip(3), images)
+        if self.train and self.jitter:
+            jittered = augment.colour_jitter(images / 255, torch.tensor(factors))
+            images = (jittered * 255).round().byte()
+        views = []
+        for size, kernel in self.views:
+            unchanged = (height, width) == (size, size) and set(boxes) == {(0, 0, size, size)}
+            views.append(images if unchanged else crop_resize(images, boxes, size, kernel))
+        return [*views, *map(torch.from_numpy, labels)]
+
+    def __getitems__(self, keys):
+        if isinstance(self.source, sources.Arrays):
+            return self.crop(keys)
+        return [torch.cat(parts) for parts in zip(*(self.crop([key]) for key in keys))]
+
+
+def centre_square(images, size):
+    """The largest centred square of uint8 images (B, H, W, 3), resized: (B, 3, size, size)."""
+    height, width = images.shape[1:3]
+    boxes = [square_box(height, width, min(height, width))] * len(images)
+    return crop_resize(torch.from_numpy(images).permute(0, 3, 1, 2), boxes, size, "bicubic")
+
+
+def centre_square_mask(mask, size):
+    """The same square of a mask (H, W), resized by nearest neighbour: (size, size)."""
+    top, left, side, _ = square_box(*mask.shape, min(mask.shape))
+    centres = (np.arange(size) * 2 + 1) * side // (2 * size)
+    return mask[top + centres][:, left + centres]

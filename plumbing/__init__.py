@@ -1,0 +1,15 @@
+"""What a run needs beside the paper. Nothing in here knows a component or a script.
+
+command_line  flags from recipe tables; errors in one line with exit status 2
+processes     torchrun, mixed precision, DistributedDataParallel, sums over processes
+signals       SIGTERM and SIGINT: save, then stop
+noise         random numbers that depend on (seed, step, sample) and not on history
+schedules     learning rates, temperature and KL weight as functions of the step
+run           one training run around its loop: resume, save, evaluate, log, stop
+checkpoints   the --out folder: its lock, its checkpoints, --resume
+weights       files of weights, read without running code in them
+published     weights under the names that others publish them under
+log           metrics.jsonl and progress on the terminal
+pictures      PNG and SVG
+clock         --benchmark: where the time of a step goes
+"""

@@ -1,0 +1,181 @@
+"""torchrun's processes, mixed precision and DistributedDataParallel, in plain PyTorch."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: its device, its rank among `world` processes, and its precision."""
+
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world: int = 1
+    autocast: Callable = contextlib.nullcontext  # with process.autocast(): ...
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False)  # for fp16
+
+
+def setup(device, amp):
+    """Join torchrun's process group if there is one; return this Process.
+
+    device: auto, cpu or cuda; amp: auto, off, bf16 or fp16. gloo on CPUs, nccl on GPUs. Raises
+    ValueError for a device that this machine does not have.
+    """
+    device = find_device(device)
+    rank, world = join(device) if "RANK" in os.environ else (0, 1)
+    return Process(device, rank, world, *precision(amp, device))
+
+
+def find_device(name):
+    """The torch.device of --device; under torchrun each process gets a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is none of auto, cpu, cuda")
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU: use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def join(device):
+    """Join torchrun's process group: (rank, number of processes)."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun's store may outlive a restart (--max-restarts) and then holds the addresses of
+        # dead processes (pytorch issue 167288). So each start on one node uses names of its own.
+        # On several nodes each torchrun counts restarts for itself, so the count is no common name.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    # A process that waits longer than this for the others gives up: nothing hangs for ever.
+    waiting = timedelta(minutes=10)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=waiting)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def precision(amp, device):
+    """(autocast context factory, GradScaler) for --amp; both do nothing where they are not needed.
+
+    auto is bf16 where the device computes in it: GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        amp = "bf16" if fast else "off"
+    dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=amp != "off"), scaler
+
+
+def rank_batch(batch_size, accumulate, world):
+    """Images per process and step, given the paper's global batch.
+
+    Raises ValueError if the batch does not divide into processes and accumulation passes.
+    """
+    if batch_size % (world * accumulate):
+        raise ValueError(
+            f"batch size {batch_size} does not divide into {world} processes x {accumulate} "
+            "accumulation passes"
+        )
+    return batch_size // world
+
+
+def compiled(part, device):
+    """torch.compile(part).
+
+    On CPUs a tensor that several operations read is stored: the compiler would otherwise look up
+    the shared relative bias again in every block.
+    """
+    return torch.compile(
+        part, options={"realize_reads_threshold": 1} if device.type == "cpu" else None
+    )
+
+
+def wrap(model, process, compile_model):
+    """The model as the loop calls it: compiled and in DistributedDataParallel as needed."""
+    wrapped = compiled(model, process.device) if compile_model else model
+    if dist.is_initialized():
+        ids = [process.device.index] if process.device.type == "cuda" else None
+        # Buffers are statistics of the global batch, so all processes have the same already.
+        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+    return wrapped
+
+
+def passes(model, count, *tensors):
+    """Yield the tensors in `count` parts, one for each accumulation pass.
+
+    Gradients stay in their process until the last pass: DDP's all-reduce runs once a step.
+    """
+    for number, parts in enumerate(zip(*(t.chunk(count) for t in tensors)), start=1):
+        local = number < count and dist.is_initialized()
+        with model.no_sync() if local else contextlib.nullcontext():
+            yield parts
+
+
+def all_sum(tensor):
+    """Sum over all processes, in place; with one process the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_mean(tensor):
+    """Mean over all processes, in place; with one process the tensor itself."""
+    return all_sum(tensor).div_(dist.get_world_size()) if dist.is_initialized() else tensor
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, for use in a loss: gradients are summed too."""
+
+    @staticmethod
+    def forward(context, values):
+        return all_sum(values.clone())
+
+    @staticmethod
+    def backward(context, gradient):
+        return all_sum(gradient.clone())
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation without scale and shift, over the batches of all processes together.
+
+    torch's SyncBatchNorm does this on GPUs only.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, affine=False)
+
+    def forward(self, x):
+        """(B, C, h, w) -> the same, each channel with mean 0 and variance 1."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+
+        def mean_over_all(values):
+            return SumOverProcesses.apply(values.mean((0, 2, 3))) / dist.get_world_size()
+
+        mean = mean_over_all(x)
+        centred = x - mean[:, None, None]
+        variance = mean_over_all(centred.square())
+        with torch.no_grad():
+            n = x.numel() / x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return centred * (variance + self.eps).rsqrt()[:, None, None]

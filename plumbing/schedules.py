@@ -1,0 +1,49 @@
+"""Schedules: pure functions of the step, and the number of steps."""
+
+import math
+
+
+def cosine(step, steps, start, end):
+    """From `start` at step 0 to `end` at `steps`, along half a cosine; `end` after that."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
+
+
+def ramp(step, steps, end):
+    """Linear from 0 at step 0 to `end` at `steps`; `end` after that."""
+    return end * min(step / steps, 1) if steps > 0 else end
+
+
+def warmup_cosine(step, steps, warmup, peak, final):
+    """Learning rate: linear to `peak` in `warmup` steps, then half a cosine to `final`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(step - warmup, steps - warmup, peak, final)
+
+
+def warmup_linear(step, steps, warmup, peak):
+    """Learning rate: linear to `peak` in `warmup` steps, then linear to 0 (segmentation)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * max(steps - step, 0) / (steps - warmup)
+
+
+def set_lr(optimizer, lr):
+    """Give every parameter group its layer's share of the step's learning rate; return `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def duration(args, steps_per_epoch):
+    """(steps, warm-up steps) of --epochs and --warmup-epochs.
+
+    Raises ValueError if warm-up leaves no step after it.
+    """
+    steps = round(args.epochs * steps_per_epoch)
+    warmup = round(args.warmup_epochs * steps_per_epoch)
+    if steps < 1 or warmup >= steps:
+        raise ValueError(
+            f"--epochs {args.epochs} gives {steps} steps, of which --warmup-epochs "
+            f"{args.warmup_epochs} takes {warmup}: raise the first or lower the second"
+        )
+    return steps, warmup

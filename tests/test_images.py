@@ -1,0 +1,387 @@
+"""Sources, named sets and downloads, views, augmentation, batches and conversion."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import random
+import struct
+import sys
+import tarfile
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune_seg
+from images import (
+    augment,
+    batches,
+    convert,
+    downloads,
+    masked,
+    named,
+    sets,
+    shapes,
+    sources,
+    views,
+)
+from plumbing import command_line
+
+# -------------------------------------------------------- views and batches
+
+
+def test_resizing_is_pillows():
+    """crop_resize with either filter against Pillow's crop and resize, up to rounding."""
+    image = pytest.importorskip("PIL.Image")
+    x = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    boxes = [(0, 0, 20, 30), (3, 5, 14, 17)]
+    for kernel in ("bicubic", "lanczos"):
+        ours = views.crop_resize(x, boxes, 8, kernel)
+        for pixels, (top, left, height, width), resized in zip(x, boxes, ours):
+            whole = image.fromarray(pixels.permute(1, 2, 0).numpy())
+            part = whole.crop((left, top, left + width, top + height))
+            theirs = np.asarray(part.resize((8, 8), getattr(image, kernel.upper())), np.int16)
+            assert np.abs(resized.permute(1, 2, 0).numpy() - theirs).max() <= 1
+
+
+def test_both_views_show_the_same_crop():
+    """The large view, shrunk, against the small one: equal up to the filters' difference."""
+    sizes = [(32, "bicubic"), (16, "lanczos")]
+    crops = views.Crops(
+        shapes.shapes("val"), sizes, True, seed=3, min_crop=0.4, flip=True, jitter=0.4
+    )
+    large, small = (v.float() for v in crops.__getitems__([(0, i) for i in range(40)]))
+    shrunk = F.interpolate(large, (16, 16), mode="bicubic", antialias=True)
+    assert (shrunk - small).abs().mean() < 2.5
+    assert (shrunk.flip(0) - small).abs().mean() > 25  # other images are far
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(arrays):
+    """A sample drawn in a batch of eight against the same one alone, and one epoch later."""
+    source = sets.open_source(arrays, "train")
+    crops = views.Crops(source, [(16, "bicubic")], True, 7, 0.3, True, 0.4)
+    (together,) = crops.__getitems__([(2, i) for i in range(8)])
+    (alone,) = crops.__getitems__([(2, 5)])
+    (later,) = crops.__getitems__([(3, 5)])
+    assert torch.equal(together[5:6], alone) and not torch.equal(alone, later)
+
+
+def test_segmentation_crops_keep_image_and_mask_together():
+    """Masks equal to the red channel stay equal to it after scaling by 1, crop and flip."""
+    images = np.random.default_rng(0).integers(0, 4, (6, 20, 24, 3), np.uint8)
+    source = sources.Arrays("six", images, masks=images[..., 0].copy())
+    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
+    flags = ["--out", "unused", "--image-size", "16"]
+    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    keys = [(epoch, index) for epoch in range(5) for index in range(6)]
+    crops, masks = masked.MaskedImages(args, source, 4, True).__getitems__(keys)
+    assert crops.shape == (30, 3, 16, 16) and torch.equal(crops[:, 0], masks)
+
+
+def test_batches_are_a_function_of_the_step():
+    """Keys of a run resumed at step 7, and of two processes together, against one whole run's."""
+    whole = list(batches.StepBatches(20, 4, 0, 1, seed=5, first=0, last=12))
+    assert list(batches.StepBatches(20, 4, 0, 1, seed=5, first=7, last=12)) == whole[7:]
+    halves = (batches.StepBatches(20, 2, rank, 2, seed=5, first=0, last=12) for rank in (0, 1))
+    assert [a + b for a, b in zip(*halves)] == whole
+    assert sorted(index for batch in whole[:5] for _, index in batch) == list(range(20))
+
+
+# -------------------------------------------------------- augmentation
+
+
+def test_randaugment_operations_keep_the_range_and_do_something():
+    """Every operation keeps shape and range and changes a noise image; a seed fixes randaugment."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=generator)
+    for operation in augment.OPERATIONS:
+        for strength in (0.0, 0.5, 1.0):
+            y = operation(image / 255, strength, -1)
+            assert y.shape == image.shape and y.min() > -1e-5 and y.max() < 1 + 1e-5
+        assert not torch.allclose(operation(image / 255, 0.7, 1), image / 255, atol=1e-3)
+    again = [augment.randaugment(image, 9, random.Random(s)) for s in (1, 1)]
+    assert torch.equal(*again)
+
+
+def test_erasing_erases_one_rectangle():
+    """The changed pixels against the box around them: one rectangle of 1 % to 40 %."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    augment.erase(image, random.Random(0))
+    changed = (image != 0).any(0)
+    rows, columns = changed.any(1), changed.any(0)
+    box = rows.sum() * columns.sum()
+    assert 0.01 * 32 * 32 < box < 0.4 * 32 * 32 and changed.sum() > 0.99 * box
+
+
+# -------------------------------------------------------- named sets
+
+
+def test_shapes_are_deterministic_and_labelled():
+    """Shapes drawn again in a smaller batch are equal; the large shape in front is the class."""
+    uniforms = np.stack([np.random.default_rng((0, i)).random(40) for i in range(64)])
+    images, labels, masks = shapes.draw_shapes(uniforms, 32)
+    again, _, _ = shapes.draw_shapes(uniforms[10:20], 32)
+    assert np.array_equal(images[10:20], again)
+    assert images.dtype == np.uint8 and set(labels) == set(range(8))
+    for label, mask in zip(labels, masks):
+        assert np.bincount(mask[mask > 0]).argmax() == label + 1
+
+
+def test_fashion_files_are_checked(tmp_path, monkeypatch):
+    """The published content is read from any gzip file.
+
+    Other content, half a file and a missing folder are refused.
+    """
+    name = "t10k-labels-idx1-ubyte"
+    content = bytes(8) + bytes(range(10))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match="checksum differs"):
+        named.read_idx(name, str(tmp_path))
+    monkeypatch.setitem(named.FASHION_SHA256, name, hashlib.sha256(content).hexdigest())
+    assert named.read_idx(name, str(tmp_path)).tolist() == list(range(10))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content)[:-6])
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        named.read_idx(name, str(tmp_path))
+    with pytest.raises(ValueError, match="no such folder"):
+        named.read_idx(name, str(tmp_path / "none"))
+
+
+def test_cifar_records(tmp_path, monkeypatch):
+    """A record made by hand: the class, then 1024 red, green and blue bytes each, row by row."""
+    red_row = np.repeat(np.arange(32, dtype=np.uint8), 32)
+    record = np.concatenate([[7], red_row, np.full(1024, 100), np.full(1024, 200)]).astype(np.uint8)
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        entry = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        entry.size = len(record)
+        archive.addfile(entry, io.BytesIO(record.tobytes()))
+    with pytest.raises(ValueError, match="checksum differs"):
+        named.cifar10("test", str(tmp_path))
+    monkeypatch.setattr(named, "CIFAR_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    source = named.cifar10("test", str(tmp_path))
+    assert source.labels.tolist() == [7] and source.images[0, 5, 9].tolist() == [5, 100, 200]
+
+
+# -------------------------------------------------------- downloads
+
+
+def check(path):
+    """The check of downloads.fetch in the next two tests."""
+    if path.read_bytes() != b"the right content":
+        raise ValueError(f"{path}: checksum differs")
+
+
+def test_download_that_fails_leaves_nothing_behind(tmp_path):
+    """A missing file and wrong content leave an empty cache; the right content only itself."""
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match="cannot download"):
+        downloads.fetch("a.gz", (tmp_path / "none.gz").as_uri(), [cache], check)
+    (tmp_path / "some.gz").write_bytes(b"other content")
+    url = (tmp_path / "some.gz").as_uri()
+    with pytest.raises(ValueError, match="checksum differs"):
+        downloads.fetch("a.gz", url, [cache], check)
+    assert list(cache.iterdir()) == []
+    (tmp_path / "some.gz").write_bytes(b"the right content")
+    assert downloads.fetch("a.gz", url, [cache], check) == cache / "a.gz"
+    assert [path.name for path in cache.iterdir()] == ["a.gz"]
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["with ranges", "without ranges"])
+def test_download_that_breaks_off_is_resumed(ranges, tmp_path):
+    """A server breaks off after 5 of 17 bytes; the second call asks for the rest only."""
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers["Range"])
+            start = 5 if ranges and self.headers["Range"] == "bytes=5-" else 0
+            content = b"the right content"[start:]
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:5] if len(asked) == 1 else content)
+
+        def log_message(self, *ignored):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.gz"
+        fetch = functools.partial(downloads.fetch, "a.gz", url, [tmp_path], check)
+        with pytest.raises(ValueError, match="it broke off after 5 of 17 bytes"):
+            fetch()
+        assert not (tmp_path / "a.gz").exists()
+        assert fetch().read_bytes() == b"the right content"
+        server.shutdown()
+    assert asked == [None, "bytes=5-"]
+
+
+# -------------------------------------------------------- arrays
+
+
+def test_grey_becomes_three_equal_channels():
+    """Grey arrays (n, H, W) are read as (n, H, W, 3) with equal channels."""
+    source = sources.Arrays("grey", np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4))
+    images = source.read([0, 1])
+    assert images.shape == (2, 4, 4, 3) and (images[..., 0] == images[..., 2]).all()
+
+
+@pytest.mark.parametrize("destination", ["set.npz", "folder"])
+def test_convert_once(arrays, tmp_path, destination):
+    """python -m images.convert: images, labels and masks of the result; a folder is mapped."""
+    convert.main([arrays, str(tmp_path / destination), "--size", "8"])
+    source = sets.open_source(str(tmp_path / destination), "train")
+    assert source.images.shape == (32, 8, 8, 3)
+    assert len(source.labels) == 32 and source.masks.shape == (32, 8, 8)
+    assert isinstance(source.images, np.memmap) == (destination == "folder")
+
+
+def break_npz_files(folder, whole):
+    """Write .npz files into `folder` that cannot be read; whole: the bytes of one that can."""
+    (folder / "zero.npz").touch()
+    (folder / "short.npz").write_bytes(whole[:3000])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 16
+    (folder / "flipped.npz").write_bytes(flipped)
+    np.savez_compressed(folder / "packed.npz", train_images=np.random.default_rng(0).bytes(2000))
+    packed = bytearray((folder / "packed.npz").read_bytes())
+    packed[len(packed) // 2 :: 7] = bytes(len(packed[len(packed) // 2 :: 7]))
+    (folder / "packed.npz").write_bytes(packed)
+    np.savez(folder / "pickled.npz", train_images=np.array([{}], dtype=object))
+
+
+def break_npy_folders(folder):
+    """Make folders of .npy files in `folder` that cannot be read."""
+    for name in ("zero", "short", "pickled"):
+        (folder / name).mkdir()
+    (folder / "zero" / "train_images.npy").touch()
+    np.save(folder / "pickled" / "train_images.npy", np.array([{}], dtype=object))
+    np.save(folder / "short" / "train_images.npy", np.zeros((9, 8, 8), np.uint8))
+    with open(folder / "short" / "train_images.npy", "r+b") as file:
+        file.truncate(300)
+
+
+def test_broken_arrays_are_refused_in_one_line(arrays, tmp_path):
+    """Empty, cut off, damaged and pickled arrays raise ValueError or OSError with a message."""
+    break_npz_files(tmp_path, Path(arrays).read_bytes())
+    break_npy_folders(tmp_path)
+    files = [f"{name}.npz" for name in ("zero", "short", "flipped", "packed", "pickled")]
+    for name in (*files, "zero", "short", "pickled"):
+        with pytest.raises((ValueError, OSError)) as refused:
+            sets.open_source(str(tmp_path / name), "train")
+        assert str(refused.value).strip(), name
+
+
+# -------------------------------------------------------- image files
+
+
+def test_image_folder(tmp_path):
+    """ImageNet's layout: classes, labels and views; unreadable files are skipped in training."""
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = np.full((10 + i, 14, 3), 100 * i, np.uint8)
+                image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    source = sets.open_source(str(tmp_path), "train")
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1, 1]
+    crops = views.Crops(source, [(8, "bicubic")], True)
+    assert crops.__getitems__([(0, i) for i in range(4)])[0].shape == (4, 3, 8, 8)
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(b"not an image")
+    assert crops.__getitems__([(0, 0)])[0].shape == (1, 3, 8, 8)
+    assert crops.problems() == {"skipped": 1}
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"")
+    crops = views.Crops(source, [(8, "bicubic")], True, labels=True)
+    images, labels = crops.__getitems__([(0, 1)])  # the next readable file is the first dog
+    assert labels.tolist() == [1] and (images == 0).all()
+    with pytest.raises(ValueError, match="0.png is not a readable image"):
+        views.Crops(source, [(8, "bicubic")], False).__getitems__([(-1, 0)])
+
+
+def test_ade_folder(tmp_path):
+    """ADE20K's layout: annotation value 0 is ignored, 1 is class 0."""
+    image = pytest.importorskip("PIL.Image")
+    for part in ("images/training", "annotations/training"):
+        (tmp_path / part).mkdir(parents=True)
+    image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "images/training/a.jpg")
+    annotation = np.array([[0, 1], [150, 7]], np.uint8).repeat(2, 0).repeat(2, 1)
+    image.fromarray(annotation).save(tmp_path / "annotations/training/a.png")
+    source = sets.open_source(str(tmp_path), "train")
+    assert len(source.mask_classes) == 150
+    assert source.read_masks([0])[0, ::2, ::2].tolist() == [[sources.IGNORE, 0], [149, 6]]
+
+
+def png(width, height, rows=b""):
+    """A PNG that claims this size, whatever pixels it holds."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + checksum
+    return content
+
+
+BROKEN = {  # file name: function that makes it at its path
+    "zero.png": lambda path: path.touch(),
+    "text.jpg": lambda path: path.write_text("not an image"),
+    "bomb.png": lambda path: path.write_bytes(png(10_000, 10_000)),  # 10**8 pixels in a few bytes
+    "huge.png": lambda path: path.write_bytes(png(60_000, 60_000)),  # more than Pillow itself opens
+    "short.png": lambda path: path.write_bytes(png(8, 8, random.Random(0).randbytes(200))[:-100]),
+    "garbage.png": lambda path: path.write_bytes(png(8, 8, b"too few rows")),
+    "loop.png": lambda path: path.symlink_to(path),
+    "folder.png": lambda path: path.mkdir(),
+    "gone.png": lambda path: path.symlink_to("nowhere.png"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_image_is_skipped_counted_and_named(name, tmp_path, capsys):
+    """In training the next one takes its place; in evaluation it is an error in one line."""
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "train" / "only"
+    folder.mkdir(parents=True)
+    BROKEN[name](folder / name)
+    image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / "zz.png")
+    source = sets.open_source(str(tmp_path), "train")
+    crops = views.Crops(source, [(8, "bicubic")], True)
+    assert (crops.__getitems__([(0, 0)])[0] == 90).all() and crops.problems() == {"skipped": 1}
+    said = capsys.readouterr().err
+    assert name in said and said.count("\n") == 1
+    with pytest.raises(ValueError, match=f"{name} is not a readable image"):
+        views.Crops(source, [(8, "bicubic")], False).__getitems__([(-1, 0)])
+
+
+def test_unusual_images_are_read_right(tmp_path):
+    """Pixels read against those written, up to 3 of 255.
+
+    Palette, transparency, CMYK, grey, 16 bits, an animation, and a JPEG named .png.
+    """
+    image = pytest.importorskip("PIL.Image")
+    plain = image.new("RGB", (8, 8), (200, 100, 50))
+    plain.quantize(4).save(tmp_path / "palette.png")
+    plain.convert("RGBA").save(tmp_path / "alpha.png")
+    plain.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    plain.save(tmp_path / "jpeg.png", format="jpeg", quality=100)
+    black = image.new("RGB", (8, 8))
+    plain.save(tmp_path / "moves.webp", save_all=True, append_images=[black], lossless=True)
+    image.fromarray(np.full((8, 8), 120, np.uint8)).save(tmp_path / "grey.png")
+    image.fromarray(np.full((8, 8), 120 * 257, np.uint16)).save(tmp_path / "deep.png")
+    for path in tmp_path.iterdir():
+        pixels = sources.Files("one", [path]).read([0])
+        expected = (120, 120, 120) if path.name in ("grey.png", "deep.png") else (200, 100, 50)
+        assert pixels.shape == (1, 8, 8, 3) and pixels.dtype == np.uint8
+        assert np.abs(pixels[0, 4, 4].astype(int) - expected).max() <= 3, path.name
+
+
+def test_missing_pillow_is_said_clearly(tmp_path, monkeypatch):
+    """Without Pillow, reading an image file says what to install."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ValueError, match="pip install pillow"):
+        sources.decode(tmp_path / "a.png")

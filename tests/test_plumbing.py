@@ -1,0 +1,213 @@
+"""Schedules, noise, processes, signals, checkpoints, log, pictures and clock."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import finetune_cls
+import pretrain
+from experiments import short_runs
+from plumbing import (
+    checkpoints,
+    log,
+    noise,
+    pictures,
+    processes,
+    run,
+    schedules,
+    signals,
+    weights,
+)
+from plumbing.clock import Clock
+
+# -------------------------------------------------------- schedules, noise, compilation
+
+
+def test_schedules():
+    """Learning rates, temperature and KL weight against their values at chosen steps."""
+    rates = [schedules.warmup_cosine(s, 100, 10, 1.0, 0.1) for s in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10] == pytest.approx(1) and rates[55] == pytest.approx(0.55)
+    assert min(rates[10:]) >= 0.1
+    linear = [schedules.warmup_linear(s, 100, 10, 2.0) for s in range(101)]
+    assert linear[9] == linear[10] == 2.0 and linear[55] == pytest.approx(1) and linear[100] == 0
+    tau = [schedules.cosine(s, 150_000, 1, 1 / 16) for s in (0, 150_000, 200_000)]
+    assert tau == [1, 1 / 16, 1 / 16]
+    assert [schedules.ramp(s, 5000, 6.6) for s in (0, 2500, 9000)] == [0, 3.3, 6.6]
+    assert schedules.ramp(0, 0, 2.0) == 2.0
+
+
+def test_noise_is_a_function_of_the_place_in_the_global_batch():
+    """Noise of a batch of 8 in one part against the same batch in two and in four parts.
+
+    Another step has other numbers. Each distribution has its mean or variance.
+    """
+
+    def draw(count, part, step=3, distribution="exponential"):
+        device = torch.device("cpu")
+        return noise.sample_noise(distribution, (5, 7), count, 1, step, part, device)
+
+    whole = draw(8, 0)
+    assert torch.equal(torch.cat([draw(4, 0), draw(4, 1)]), whole)
+    assert torch.equal(torch.cat([draw(2, part) for part in range(4)]), whole)
+    assert not torch.equal(draw(8, 0, step=4), whole)
+    many = draw(2000, 0)
+    assert many.min() >= 0 and many.mean().item() == pytest.approx(1, abs=0.02)
+    uniform = draw(2000, 0, distribution="uniform")
+    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.var().item() == pytest.approx(1 / 12, abs=0.002)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+def test_compiled_is_the_plain_function():
+    """processes.compiled accepts its option, and without a compiler computes the same."""
+    compiled = processes.compiled(pretrain.recovery_loss, torch.device("cpu"))
+    prediction, z = torch.randn(4, 11), torch.randint(11, (4,))
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(compiled(prediction, z), pretrain.recovery_loss(prediction, z))
+
+
+# -------------------------------------------------------- signals and checkpoints
+
+
+def test_second_interrupt_is_not_waited_for(monkeypatch):
+    """The first SIGINT asks the loop to stop; the second interrupts at once."""
+    monkeypatch.setattr(signals, "received", [])
+    signals.handle(signal.SIGINT, None)
+    assert signals.stop_asked(torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        signals.handle(signal.SIGINT, None)
+
+
+def test_output_that_is_in_use_is_refused(tmp_path):
+    """Locking a folder that another process has locked names that process; a dead one has none."""
+    code = (
+        "import pathlib, sys; from plumbing import checkpoints\n"
+        "checkpoints.lock(pathlib.Path(sys.argv[1])); print('locked', flush=True); input()"
+    )
+    command, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=short_runs.HERE, stdin=pipe, stdout=pipe, text=True
+    ) as owner:
+        assert owner.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"in use by process {owner.pid} on"):
+            checkpoints.lock(tmp_path)
+        owner.kill()
+    checkpoints.lock(tmp_path)
+    assert checkpoints.read_lock(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(made, tmp_path):
+    """A checkpoint with one changed bit is refused by its checksum."""
+    content = bytearray((made / "cls" / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole file of weights: the checksum of .* differs"):
+        weights.read(tmp_path / "a.pt")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """Saving names the entry that is not finite, and writes no file."""
+    model = nn.ModuleDict({"lm_head": nn.Linear(2, 3)})
+    model.lm_head.bias.data[0] = math.inf
+    with pytest.raises(ValueError, match="lm_head.bias is not finite after step 7"):
+        checkpoints.save(tmp_path, "pretraining", types.SimpleNamespace(), 7, model, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_step_without_a_finite_gradient_is_skipped(arrays, made, tmp_path, monkeypatch):
+    """The third step's gradient is made NaN: weights after it against those before.
+
+    The log counts it.
+    """
+    norms, clip = [], nn.utils.clip_grad_norm_
+
+    def broken(*args):
+        norms.append(clip(*args))
+        return torch.tensor(math.nan) if len(norms) == 3 else norms[-1]
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", broken)
+    saved, save = {}, checkpoints.save
+
+    def remember(out, kind, args, step, model, *rest):
+        saved[step] = {name: value.clone() for name, value in model.state_dict().items()}
+        save(out, kind, args, step, model, *rest)
+
+    monkeypatch.setattr(checkpoints, "save", remember)
+    flags = short_runs.script_flags("cls", arrays, made)
+    finetune_cls.main([*flags, "--save-every", "1", "--out", str(tmp_path / "run")])
+    assert all(torch.equal(saved[2][name], saved[3][name]) for name in saved[2])
+    assert not all(torch.equal(saved[3][name], saved[4][name]) for name in saved[3])
+    records = [m for m in log.read_metrics(tmp_path / "run") if "loss" in m]
+    assert [m.get("skipped_steps", 0) for m in records] == [0, 0, 1, 1]
+
+
+def test_ten_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
+    """Nine are skipped; the tenth is an error that names the step and its learning rate."""
+    finite = run.FiniteSteps(tmp_path)
+    assert not any(finite.allow(math.inf, step, 0.1) for step in range(9))
+    message = r"10 steps in a row, the last one step 9 at learning rate 0.1.*last good"
+    with pytest.raises(ValueError, match=message):
+        finite.allow(math.nan, 9, 0.1)
+
+
+# -------------------------------------------------------- log and pictures
+
+
+def test_unfinished_last_line_of_the_log_is_left_out(tmp_path):
+    """A log whose last line was cut off: reading leaves it out, resuming removes it."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert log.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    log.Log(tmp_path, 0, 9, first_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_png_can_be_read(tmp_path):
+    """Pixels written by write_png against those that Pillow reads."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    pictures.write_png(tmp_path / "a.png", pixels)
+    assert np.array_equal(np.asarray(image.open(tmp_path / "a.png")), pixels)
+
+
+def test_loss_curve_has_labelled_axes_and_values(tmp_path):
+    """loss.svg is XML; it names its axes and shows the last training and held-out loss.
+
+    A loss that is not a number is left out.
+    """
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 5.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 2.25}\n'
+        '{"step": 3, "mim_loss": 2.75}\n{"final": true, "mim_loss": 2.5}\n'
+    )
+    pictures.loss_curve(tmp_path)
+    root = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {"step", "loss", "training", "held out", "2.25", "2.75"} <= texts
+    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert [len(line.get("points").split()) for line in lines] == [2, 1]
+
+
+# -------------------------------------------------------- clock
+
+
+def test_benchmark_counts_what_a_step_multiplies():
+    """Clock's operations of a linear layer's step against 2 products of 2 B n m each.
+
+    They are the forward pass and the weight's gradient.
+    """
+    clock, layer = Clock(1, processes.Process()), nn.Linear(5, 7, bias=False)
+    for x in clock.batches(torch.utils.data.DataLoader([torch.randn(3, 5)] * 9, batch_size=None)):
+        layer(x).sum().backward()
+        clock.begin("all")
+    assert clock.flop == 2 * (2 * 3 * 5 * 7)
+    assert [len(clock.seconds[phase]) for phase in clock.PHASES] == [1, 1]

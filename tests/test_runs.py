@@ -1,0 +1,184 @@
+"""The four scripts: alone, resumed, under torchrun, with workers; ablations; --benchmark."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import beit
+import finetune_cls
+import pretrain
+import train_tokenizer
+from experiments import short_runs
+from plumbing import checkpoints, clock, log
+
+every_script = pytest.mark.parametrize("stage", short_runs.SCRIPTS)
+
+
+def logged(out, name="loss"):
+    """The values of `name` in the log of a run's --out folder."""
+    return [record[name] for record in log.read_metrics(out) if name in record]
+
+
+@every_script
+def test_script_writes_its_result_checkpoint_and_pictures(stage, made):
+    """The final record has finite results, each step was logged, and pictures were written."""
+    final, results = log.read_metrics(made / stage)[-1], short_runs.RESULTS[stage]
+    assert final["final"] is True and results <= final.keys()
+    assert all(math.isfinite(final[name]) for name in results)
+    assert [m["step"] for m in log.read_metrics(made / stage) if "loss" in m] == [1, 2, 3, 4]
+    files = {
+        "tokenizer": ["reconstructions.png"],
+        "beit": ["predictions.png"],
+        "cls": [],
+        "seg": ["segmentation.png"],
+    }
+    for name in (*files[stage], "loss.svg", "checkpoint.pt"):
+        assert (made / stage / name).stat().st_size > 100
+
+
+# -------------------------------------------------------- resuming and processes
+
+
+@every_script
+def test_resumed_run_ends_with_the_same_bits(stage, arrays, made, tmp_path, monkeypatch):
+    """A run stopped after two of four steps and resumed against one that nobody stopped.
+
+    Resuming a run that has finished evaluates again and changes nothing.
+    """
+
+    class Stop(Exception):
+        pass
+
+    save, main = checkpoints.save, short_runs.MODULES[stage].main
+
+    def save_and_stop(out, kind, args, step, *rest):
+        save(out, kind, args, step, *rest)
+        if step == 2:
+            raise Stop
+
+    flags = [*short_runs.script_flags(stage, arrays, made), *short_runs.NOISE[stage]]
+    main([*flags, "--out", str(tmp_path / "whole")])
+    flags += ["--save-every", "2", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(checkpoints, "save", save_and_stop)
+        with pytest.raises(Stop):
+            main(flags)
+    main([*flags, "--resume"])
+    short_runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    steps = [m["step"] for m in log.read_metrics(tmp_path / "run") if "loss" in m]
+    assert steps == [1, 2, 3, 4]
+    main([*flags, "--resume"])
+    short_runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+@every_script
+def test_two_processes_equal_one(stage, arrays, made, tmp_path):
+    """Two processes with two accumulation passes each against one: four steps, noise and all.
+
+    The learning rate is small, because AdamW turns a gradient that is a rounding error into a
+    whole step. Standardised logits give some biases such gradients: see the next test for them.
+    """
+    flags = [*short_runs.script_flags(stage, arrays, made), *short_runs.NOISE[stage]]
+    flags += ["--lr", "1e-4"]
+    flags += ["--no-normalise-logits"] if stage == "tokenizer" else []
+    one, two = tmp_path / "one", tmp_path / "two"
+    short_runs.MODULES[stage].main([*flags, "--out", str(one)])
+    script = short_runs.SCRIPTS[stage][0]
+    done = short_runs.torchrun(script, *flags, "--out", str(two), "--accumulate", "2")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(log.read_metrics(one), log.read_metrics(two), strict=True):
+        for name in {"loss", "gradient_norm"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    one, two = short_runs.weights(one), short_runs.weights(two)
+    assert max((one[name] - two[name]).abs().mean() for name in one) < 1e-6
+
+
+@pytest.mark.parametrize("more", [(), ("--quantizer", "vq")], ids=["standardised logits", "vq"])
+def test_tokenizers_statistics_are_of_all_processes(more, arrays, tmp_path):
+    """The loss of two processes at each step against that of one.
+
+    Batch statistics and dead codes are those of the global batch.
+    """
+    flags = [*short_runs.script_flags("tokenizer", arrays, tmp_path), *more, "--lr", "1e-4"]
+    train_tokenizer.main([*flags, "--out", str(tmp_path / "one")])
+    done = short_runs.torchrun("train_tokenizer.py", *flags, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert logged(tmp_path / "one") == pytest.approx(logged(tmp_path / "two"), rel=1e-4)
+
+
+def test_workers_change_nothing(arrays, made, tmp_path):
+    """Weights after a run with two loader processes against one without, bit for bit."""
+    flags = [*short_runs.script_flags("beit", arrays, made), "--workers", "2"]
+    pretrain.main([*flags, "--out", str(tmp_path / "run")])
+    short_runs.assert_same_bits(made / "beit", tmp_path / "run")
+
+
+# -------------------------------------------------------- other modes
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--target", "pixels"),
+        ("--target", "normalised-pixels", "--masking", "random"),
+        ("--recover", "all"),
+        ("--recover", "all", "--masking", "none"),
+    ],
+    ids=" ".join,
+)
+def test_ablations_of_table_4_run(flags, arrays, made, tmp_path):
+    """Each runs to a finite loss and a picture; pixels have no accuracy and need no tokenizer."""
+    common = short_runs.script_flags("beit", arrays, made)
+    if "--target" in flags:
+        place = common.index("--tokenizer")
+        del common[place : place + 2]
+    pretrain.main([*common, *flags, "--out", str(tmp_path / "run")])
+    final = log.read_metrics(tmp_path / "run")[-1]
+    assert math.isfinite(final["mim_loss"])
+    assert ("mim_accuracy" in final) == ("--target" not in flags)
+    assert (tmp_path / "run" / "predictions.png").stat().st_size > 100
+
+
+def test_linear_probe_trains_norm_and_head_only(arrays, tmp_path):
+    """Weights after --linear-probe against the initial ones: only fc_norm and head differ."""
+    flags = ["--data", arrays, "--init", "random", "--image-size", "16", "--batch-size", "8"]
+    flags += ["--epochs", "1", "--warmup-epochs", "0", "--labels-per-class", "0"]
+    flags += ["--linear-probe", "--device", "cpu", "--out", str(tmp_path / "probe")]
+    finetune_cls.main(flags)
+    trained = checkpoints.load(tmp_path / "probe" / "checkpoint.pt", "classification")["model"]
+    torch.manual_seed(0)
+    config = beit.finetuned_config(None, "tiny", 16, 0.0)
+    fresh = finetune_cls.BeitForClassification(config, 4).state_dict()
+    changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
+    assert changed and all(name.startswith(("fc_norm.", "head.")) for name in changed)
+
+
+@pytest.mark.parametrize("stage, metric", [("cls", "top1"), ("seg", "miou")])
+def test_evaluate_only_repeats_the_final_result(stage, metric, arrays, made, capsys):
+    """What --eval prints against the final record of the run that made the checkpoint."""
+    init = ["--eval", "--init", str(made / stage / "checkpoint.pt")]
+    flags = [*init, "--data", arrays, "--device", "cpu", "--amp", "off"]
+    short_runs.MODULES[stage].main(flags)
+    final = log.read_metrics(made / stage)[-1]
+    assert f"{metric} {final[metric]:.5g}" in capsys.readouterr().out
+
+
+@every_script
+def test_benchmark_times_every_part_and_writes_nothing(
+    stage, arrays, made, tmp_path, monkeypatch, capsys
+):
+    """--benchmark names every part of a step with its time, in both phases, and the memory."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*short_runs.script_flags(stage, arrays, made), "--benchmark", "2"]
+    short_runs.MODULES[stage].main([*flags, "--accumulate", "2"])
+    printed = capsys.readouterr().out
+    for phase in clock.Clock.PHASES:
+        (line,) = (line for line in printed.splitlines() if line.startswith(phase))
+        times = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)(?=,|$)", line)}
+        assert set(times) >= {"data", "forward", "backward", "optimiser"}
+        assert ("tokenizer" in times) == (stage == "beit")
+        assert all(value >= 0 for value in times.values()) and times["backward"] > 0
+    assert float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) > 0.05
+    assert not list(tmp_path.iterdir())
