@@ -113,7 +113,7 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# -------------------------------------------------------- the experiments: each yields (case, did it hold)
+# -------------------------------------------------------- experiments: yield (case, did it hold)
 
 
 def kill(bench):
