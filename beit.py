@@ -10,6 +10,7 @@ the script that trains it: pretrain.py (masked image modeling), finetune_cls.py,
 Images are float tensors (B, 3, H, W), standardised. A mask is bool, True = masked.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -48,6 +49,8 @@ class BeitConfig:
             raise ValueError(
                 f"positions {self.positions!r} is none of 'absolute', 'relative', 'shared'"
             )
+        if not 0 <= self.layer_scale < math.inf:
+            raise ValueError(f"layer scale {self.layer_scale} must be a finite number, 0 or more")
 
     @property
     def grid(self):
@@ -348,6 +351,13 @@ class Beit(nn.Module):
             H = self.run(block, H, bias_l, u_l)
         return self.run(last.forward_at, H, bias, (image, i + 1), u_L)  # row 0 is e_[S]
 
+    def features(self, x, layer):
+        """H^l of an inner layer l, 0 to L: (B, 3, H, W) -> (B, N+1, D)."""
+        H = self.embed(x)
+        for block, bias, _ in itertools.islice(self.layers(), layer):
+            H = block(H, bias)
+        return H
+
     @torch.no_grad()
     def last_attention(self, x):
         """Attention weights of block L (figure 2): (B, 3, H, W) -> (B, heads, N+1, N+1)."""
@@ -377,9 +387,10 @@ def geometric_offsets(old, new):
 
     Offset k is at 1 + q + ... + q^(k-1). Bisection finds the q for which the last one reaches
     new-1: near offsets keep their meaning, far ones stretch. 14 -> 24 patches gives q 1.0903,
-    14 -> 32 gives 1.1349.
+    14 -> 32 gives 1.1349. q is at least 1.01, so on a smaller grid near offsets keep their values
+    and far ones fall away.
     """
-    low, high = 0.0, float(max(new - 1, 2))
+    low, high = 1.01, float(max(new - 1, 2))
     while high - low > 1e-9:
         q = (low + high) / 2
         low, high = (low, q) if np.sum(q ** np.arange(old - 1)) > new - 1 else (q, high)
@@ -425,6 +436,9 @@ def resize_relative_table(table, grid):
 # -------------------------------------------------------- fine-tuning (section 2.6)
 
 
+HEADS = ("lm_head.", "fc_norm.", "head.", "decoder.")  # parameters that no backbone has
+
+
 def finetuned_config(init, model, image_size, drop_path):
     """BeitConfig for fine-tuning: the checkpoint's, or --model's where `init` is None.
 
@@ -435,18 +449,16 @@ def finetuned_config(init, model, image_size, drop_path):
     return replace(config, image_size=image_size, drop_path=drop_path, positions=positions)
 
 
-def load_backbone(model, state, with_head=False):
+def load_backbone(model, state, keep=()):
     """Copy a pre-trained or fine-tuned state dict into `model`, whatever its head and resolution.
 
-    The model keeps its own head unless with_head. e_[M] is left out, and the final norm where only
-    one side has it. A shared relative table is copied into every block if the model has one per
-    block. Positions are interpolated. Raises ValueError naming whatever else is missing, left over
-    or of another shape.
+    keep: those of HEADS to copy too; the model's own stay as they are. e_[M] is left out, and the
+    final norm where only one side has it. A shared relative table is copied into every block if
+    the model has one per block. Positions are interpolated. Raises ValueError naming whatever else
+    is missing, left over or of another shape.
     """
     own = model.state_dict()
-    heads = ("mask_token",)
-    if not with_head:
-        heads += ("lm_head.", "head.", "decoder.", "fc_norm.")
+    heads = ("mask_token", *(head for head in HEADS if head not in keep))
     if ("norm.weight" in own) != ("norm.weight" in state):
         heads += ("norm.",)
     state = {k: v for k, v in state.items() if not k.startswith(heads)}
@@ -460,17 +472,12 @@ def load_backbone(model, state, with_head=False):
             state[key] = resize_pos_embed(state[key], model.config.grid)
         elif key.endswith("relative_position_bias_table"):
             state[key] = resize_relative_table(state[key], model.config.grid)
-    wanted = {k for k in own if not k.startswith(heads)}
-    problems = [f"missing {k}" for k in sorted(wanted - state.keys())]
-    problems += [f"unknown {k}" for k in sorted(state.keys() - wanted)]
-    problems += [
-        f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
-        for k in sorted(wanted & state.keys())
-        if state[k].shape != own[k].shape
-    ]
-    if problems:
-        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}")
-    model.load_state_dict(state, strict=False)
+    state |= {k: v for k, v in own.items() if k.startswith(heads)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"these weights do not fit the model: {reason[:400]}") from error
 
 
 # -------------------------------------------------------- layer-wise learning-rate decay (appendix)

@@ -266,10 +266,11 @@ class DVAE(nn.Module):
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach().mean()}
         return loss, terms, [squared_error.detach()]
 
-    def track(self, squared_errors):
-        """Update running statistics once a step, from the statistics of its passes."""
+    def track(self, step, squared_errors):
+        """Update running statistics after `step` (from 0), from the statistics of its passes."""
         mean = processes.all_mean(sum(squared_errors) / len(squared_errors))
-        self.pixel_variance.lerp_(mean, 0.02)
+        # At first the mean of all steps: the initial 1.0 must not linger in a short training.
+        self.pixel_variance.lerp_(mean, max(0.02, 1 / (step + 1)))
 
 
 # -------------------------------------------------------- VQ-VAE
@@ -321,9 +322,9 @@ class VQVAE(DVAE):
         counts = torch.bincount(z.flatten(), minlength=self.config.vocab_size).float()
         return reconstruction + codebook, terms, [squared_error.detach(), counts]
 
-    def track(self, squared_errors, counts):
+    def track(self, step, squared_errors, counts):
         """Also update the running count of each code."""
-        super().track(squared_errors)
+        super().track(step, squared_errors)
         self.usage.mul_(0.99).add_(processes.all_sum(sum(counts)))
 
     @torch.no_grad()
@@ -368,11 +369,8 @@ class StandardisedDVAE(DVAE):
         return (self.logit_norm(logits) * self.logit_scale.exp()).permute(0, 2, 3, 1)
 
 
-# -------------------------------------------------------- which of the three
-
-
 def build(config):
-    """The model of a DVAEConfig."""
+    """The model of a DVAEConfig, one of the three."""
     if config.quantizer == "vq":
         return VQVAE(config)
     return StandardisedDVAE(config) if config.normalise_logits else DVAE(config)

@@ -23,7 +23,7 @@ from torch import nn
 
 from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
 from images import batches, sets, sources
-from images.labelled import LabelledViews
+from images.labelled import LabelledViews, mix
 from plumbing import command_line, log, noise, processes, published, schedules
 from plumbing.run import Run
 
@@ -60,10 +60,14 @@ KIND = "classification"  # of its checkpoints
 
 
 class BeitForClassification(Beit):
-    """Mean of the patch outputs, norm, linear. The head starts near zero (x 0.001)."""
+    """Mean of the patch outputs, norm, linear. The head starts near zero (x 0.001).
 
-    def __init__(self, config, classes):
+    layer: of the linear probe, which takes H^l in place of H^L; None: L.
+    """
+
+    def __init__(self, config, classes, layer=None):
         super().__init__(config)
+        self.layer = layer
         self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, classes)  # W_c
         init_weight(self.head.weight)
@@ -72,38 +76,8 @@ class BeitForClassification(Beit):
 
     def forward(self, x, u=None):
         """Logits, before section 2.6's softmax: (B, 3, H, W) -> (B, C). u: see Beit.forward."""
-        h = super().forward(x, u=u)[:, 1:].mean(dim=1)  # avg of h_i^L: (B, D)
-        return self.head(self.fc_norm(h))
-
-
-# -------------------------------------------------------- mixing images and labels (appendix)
-
-
-def mix(x, targets, mixup, cutmix, rng):
-    """Mixup or cutmix of each image with its neighbour: x (B, 3, H, W), targets (B, C).
-
-    lambda ~ Beta(alpha, alpha), one for the step, is the image's own share: of every pixel (mixup),
-    or of the area, outside a pasted box (cutmix; recomputed after the box is cut at the border).
-    Neighbours (0 and 1, 2 and 3, ...) stay together when the batch is split among processes.
-    """
-    if not mixup and not cutmix:
-        return x, targets
-    # An odd last image is its own neighbour.
-    neighbour = (torch.arange(len(x), device=x.device) ^ 1).clamp_max(len(x) - 1)
-    if cutmix and (not mixup or rng.random() < 0.5):
-        share = rng.betavariate(cutmix, cutmix)
-        H, W = x.shape[-2:]
-        h, w = H * math.sqrt(1 - share), W * math.sqrt(1 - share)
-        cy, cx = rng.random() * H, rng.random() * W
-        top, bottom = max(round(cy - h / 2), 0), min(round(cy + h / 2), H)
-        left, right = max(round(cx - w / 2), 0), min(round(cx + w / 2), W)
-        share = 1 - (bottom - top) * (right - left) / (H * W)
-        pasted, x = x[neighbour, :, top:bottom, left:right], x.clone()
-        x[:, :, top:bottom, left:right] = pasted
-    else:
-        share = rng.betavariate(mixup, mixup)
-        x = share * x + (1 - share) * x[neighbour]
-    return x, share * targets + (1 - share) * targets[neighbour]
+        H = super().forward(x, u=u) if self.layer is None else self.features(x, self.layer)
+        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # avg of h_i^L: (B, D)
 
 
 # -------------------------------------------------------- evaluation
@@ -134,25 +108,28 @@ def prepare(args):
 
     Raises ValueError if the weights or the data do not fit.
     """
-    init = published.load_init(args.init, "pretraining", KIND)
+    init, normalise = published.load_init(args, "pretraining", KIND)
     source, held_out = sets.open_splits(args)
     classes = source.classes
-    train_set = LabelledViews(args, source, len(classes), True)
+    train_set = LabelledViews(args, source, len(classes), True, normalise)
     if args.labels_per_class:
         train_set.source = sources.balanced_subset(source, args.labels_per_class, args.seed)
     config = finetuned_config(init, args.model, args.image_size, args.drop_path)
+    if args.layer is not None and not 1 <= args.layer <= config.depth:
+        raise ValueError(f"--layer {args.layer} is not between 1 and the {config.depth} blocks")
     torch.manual_seed(args.seed)
-    model = BeitForClassification(config, len(classes))
-    if init:  # a classifier of the same classes, or of as many unnamed ones, keeps its head
-        keep = init["kind"] == KIND and init["classes"] in (classes, None)
-        keep = keep and len(init["model"]["head.weight"]) == len(classes)
-        load_backbone(model, init["model"], with_head=keep)
+    model = BeitForClassification(config, len(classes), args.layer)
+    if init:  # from a classifier also the norm, and the linear layer if its classes are the same
+        same = init.get("classes") in (classes, None)
+        same = same and len(init["model"].get("head.weight", ())) == len(classes)
+        keep = ("fc_norm.", "head.") if same else ("fc_norm.",)
+        load_backbone(model, init["model"], keep if init["kind"] == KIND else ())
     if args.linear_probe:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
-    held_out_set = LabelledViews(args, held_out, len(classes), False)
+    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
     sources.check_names(held_out.classes, classes, held_out)
-    return model, train_set, held_out_set, init["normalise"] if init else "half", classes
+    return model, train_set, held_out_set, normalise, classes
 
 
 def prepare_evaluation(args):
@@ -160,9 +137,10 @@ def prepare_evaluation(args):
 
     Raises ValueError if its classes are not the data's.
     """
-    init = published.load_pretrained(args.init, KIND)
-    model = BeitForClassification(BeitConfig(**init["config"]), len(init["model"]["head.weight"]))
-    load_backbone(model, init["model"], with_head=True)
+    init, normalise = published.load_init(args, KIND)
+    config, classes = BeitConfig(**init["config"]), len(init["model"]["head.weight"])
+    model = BeitForClassification(config, classes, init.get("layer"))
+    load_backbone(model, init["model"], ("fc_norm.", "head."))
     args.image_size = model.config.image_size
     held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
     # Published weights have no class names; the data's fit if there are as many.
@@ -171,17 +149,23 @@ def prepare_evaluation(args):
         raise ValueError(
             f"{args.init} was trained on {known} classes, {args.data} has {len(held_out.classes)}"
         )
-    held_out_set = LabelledViews(args, held_out, len(classes), False)
+    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
     sources.check_names(held_out.classes, classes, held_out)
-    return model, held_out_set, init["normalise"]
+    return model, held_out_set, normalise
 
 
 def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
     command_line.add_init_flags(parser)
-    frozen = "freeze the backbone: train only the norm and the head"
+    frozen = "train only the norm and the head; crops and flips are the only augmentation"
     parser.add_argument("--linear-probe", action="store_true", help=frozen)
+    layer = "layer that --linear-probe takes features from, 1 to L; default: the last"
+    parser.add_argument("--layer", type=int, help=layer)
     args = command_line.parse_recipe(parser, RECIPES, argv)
+    if args.layer is not None and not args.linear_probe:
+        parser.error(f"--layer {args.layer} needs --linear-probe")
+    if args.linear_probe:  # stochastic depth off: the frozen backbone is in evaluation mode
+        args.randaugment = args.erasing = args.mixup = args.cutmix = args.drop_path = 0.0
     process = processes.setup(args.device, args.amp)
     if args.eval:
         model, held_out, normalise = prepare_evaluation(args)
@@ -194,7 +178,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
     steps, warmup = schedules.duration(args, per_epoch)
-    extra = {"normalise": normalise, "classes": classes}
+    extra = {"normalise": normalise, "classes": classes, "layer": args.layer}
     run = Run(args, KIND, process, model, optimizer, steps, extra)
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device

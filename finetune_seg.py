@@ -36,11 +36,13 @@ RECIPES = {
     "min_scale": (1.0, 1.0, 0.5, 0.5, "smallest factor to resize a training image by"),
     "max_scale": (1.0, 1.0, 2.0, 2.0, "largest such factor; the crop follows"),
     "short_side": (0, 0, 512, 512, "resize every image's short side to this first; 0: do not"),
+    "long_side": (0, 0, 2048, 2048, "but its long side to at most this; 0: no limit"),
     "flip": (True, True, True, True, "mirror half of the images"),
-    "photometric": (False, False, True, True, "vary brightness, contrast and saturation"),
+    "photometric": (False, False, True, True, "vary brightness, contrast, saturation and hue"),
     # optimisation
     "steps": (100, 300, 160_000, 160_000, "optimisation steps"),
     "warmup_steps": (10, 30, 1500, 1500, "steps of linear warm-up; then linear to 0"),
+    "decay_from_start": (False, False, True, True, "count the decay from step 0, not from there"),
     "batch_size": (16, 32, 16, 16, "images per step of all processes; scale lr with it"),
     "lr": (1.6e-2, 8e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
     "layer_decay": (0.5, 0.5, 0.65, 0.75, "lr of a layer over that of the next; 1: all alike"),
@@ -173,10 +175,10 @@ def prepare(args):
 
     Raises ValueError if the weights or the data do not fit.
     """
-    init = published.load_init(args.init, "pretraining", "classification", KIND)
+    init, normalise = published.load_init(args, "pretraining", "classification", KIND)
     source, held_out = sets.open_splits(args)
     classes = source.mask_classes
-    train_set = MaskedImages(args, source, len(classes), True)
+    train_set = MaskedImages(args, source, len(classes), normalise, True)
     if args.train_images:
         train_set.source = sources.random_subset(source, args.train_images, args.seed)
     config = finetuned_config(init, args.model, args.image_size, args.drop_path)
@@ -184,24 +186,24 @@ def prepare(args):
     model = BeitForSegmentation(config, len(classes), args.decoder_dim)
     if init:  # a segmenter of the same classes keeps its decoder
         known = init.get("classes"), init.get("decoder_dim")
-        keep = init["kind"] == KIND and known == (classes, args.decoder_dim)
-        load_backbone(model, init["model"], with_head=keep)
-    held_out_set = MaskedImages(args, held_out, len(classes), False)
+        same = init["kind"] == KIND and known == (classes, args.decoder_dim)
+        load_backbone(model, init["model"], ("decoder.",) if same else ())
+    held_out_set = MaskedImages(args, held_out, len(classes), normalise, False)
     sources.check_names(held_out.mask_classes, classes, held_out)
-    return model, train_set, held_out_set, init["normalise"] if init else "half", classes
+    return model, train_set, held_out_set, normalise, classes
 
 
 def prepare_evaluation(args):
     """(model, held-out set, normalise) of the segmenter --init, for --eval."""
-    init = published.load_pretrained(args.init, KIND)
+    init, normalise = published.load_init(args, KIND)
     classes = init["classes"]
     model = BeitForSegmentation(BeitConfig(**init["config"]), len(classes), init["decoder_dim"])
     model.load_state_dict(init["model"])
     args.image_size = model.config.image_size
     held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
-    held_out_set = MaskedImages(args, held_out, len(classes), False)
+    held_out_set = MaskedImages(args, held_out, len(classes), normalise, False)
     sources.check_names(held_out.mask_classes, classes, held_out)
-    return model, held_out_set, init["normalise"]
+    return model, held_out_set, normalise
 
 
 def main(argv=None):
@@ -222,11 +224,11 @@ def main(argv=None):
     extra = {"normalise": normalise, "classes": classes, "decoder_dim": model.decoder_dim}
     run = Run(args, KIND, process, model, optimizer, args.steps, extra)
     run.clock.watch(run.model, optimizer)
-    scaler, device = process.scaler, process.device
+    scaler, device, from_start = process.scaler, process.device, args.decay_from_start
     measure = functools.partial(evaluate, model, held_out, args, normalise, process)
     loader = batches.train_batches(train_set, run)
     for step, (images, masks) in run.steps(loader, measure):
-        lr = schedules.warmup_linear(step, args.steps, args.warmup_steps, args.lr)
+        lr = schedules.warmup_linear(step, args.steps, args.warmup_steps, args.lr, from_start)
         schedules.set_lr(optimizer, lr)
         x = batches.standardise(batches.to_float(images, device), normalise)
         masks = masks.to(device).long()

@@ -57,8 +57,9 @@ def blockwise_mask(rng, h, w, count, min_block=16):
 def printed_mask(rng, h, w, ratio=0.4, min_block=16):
     """Algorithm 1 line by line, with real-valued sides and corners: it may overshoot ratio * N.
 
-    The paper leaves two things open. Near the end Rand(16, 0.4N - |M|) is an empty range; here it
-    runs downwards. A side longer than the grid is cut to it.
+    r is uniform, so most blocks are taller than wide. The paper leaves three things open. Near the
+    end Rand(16, 0.4N - |M|) is an empty range, run through downwards here. A side longer than the
+    grid is cut. A block masks the patches whose centres it covers: opposite borders are alike.
     """
     N = h * w
     mask = np.zeros((h, w), dtype=bool)  # M <- {}
@@ -67,8 +68,8 @@ def printed_mask(rng, h, w, ratio=0.4, min_block=16):
         r = rng.uniform(*ASPECT)  # aspect ratio of block
         a, b = min(math.sqrt(s * r), h), min(math.sqrt(s / r), w)
         t, l = rng.uniform(0, h - a), rng.uniform(0, w - b)
-        rows = slice(math.ceil(t), math.ceil(t + a))  # i in [t, t + a)
-        columns = slice(math.ceil(l), math.ceil(l + b))  # j in [l, l + b)
+        rows = slice(math.ceil(t - 0.5), math.ceil(t + a - 0.5))  # i + 1/2 in [t, t + a)
+        columns = slice(math.ceil(l - 0.5), math.ceil(l + b - 0.5))  # j + 1/2 in [l, l + b)
         mask[rows, columns] = True  # M <- M u {(i, j)}
         if mask.sum() > ratio * N:  # until |M| > 0.4 N
             return mask
@@ -79,6 +80,20 @@ def random_mask(rng, h, w, count):
     mask = np.zeros(h * w, dtype=bool)
     mask[rng.sample(range(h * w), count)] = True
     return mask.reshape(h, w)
+
+
+def most_masked(kind, grid, ratio, min_block):
+    """The largest number of patches that a mask of this kind can have.
+
+    A printed block of area s = ab covers at most (a + 1)(b + 1) centres, and a + b is at most
+    sqrt(s) times `stretch`. At most ratio * N patches are masked before the last block, which has
+    an area of at most min_block or what is left of ratio * N.
+    """
+    if kind != "printed":
+        return target(grid, grid, ratio)
+    stretch = math.sqrt(ASPECT[0]) + math.sqrt(ASPECT[1])
+    early, late = stretch * math.sqrt(ratio) * grid, min_block + stretch * math.sqrt(min_block)
+    return min(grid**2, int(ratio * grid**2 + max(early, late) + 1))
 
 
 def make_mask(kind, rng, grid, ratio, min_block):
@@ -106,9 +121,8 @@ def main(draws=20_000):
     for kind, ratio in (("blockwise", 75 / 196), ("printed", 0.4), ("random", 75 / 196)):
         rng = random.Random(0)
         sizes = np.array([make_mask(kind, rng, 14, ratio, 16).sum() for _ in range(draws)])
-        share = np.mean(sizes == 75)
         print(f"{kind:10s} mean {sizes.mean():.2f}  min {sizes.min()}  max {sizes.max()}"
-              f"  exactly 75: {share:.1%}")  # fmt: skip
+              f"  exactly 75: {np.mean(sizes == 75):.1%}")  # fmt: skip
 
 
 if __name__ == "__main__":

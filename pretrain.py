@@ -157,9 +157,9 @@ class MaskedViews(views.Crops):
             raise ValueError("--masking none leaves nothing to predict: add --recover all")
         self.masking, self.mask_shape = args.masking, (grid, args.mask_ratio, args.min_block)
         self.mask(0)  # raises ValueError for bad settings before training
-        # The largest number of positions to predict in an image; printed masks may overshoot.
-        every = args.recover == "all" or args.masking == "printed"
-        self.most_positions = grid**2 if every else masking.target(grid, grid, args.mask_ratio)
+        # The largest number of positions to predict in an image.
+        most = masking.most_masked(args.masking, *self.mask_shape)
+        self.most_positions = grid**2 if args.recover == "all" else most
 
     def mask(self, *key):
         """The mask that belongs to a key: bool (h, w)."""
@@ -192,9 +192,9 @@ def evaluate(model, tokenizer, held_out, args, process):
     """
     model.eval()
     device, grid = process.device, model.config.grid
-    vocab_size = tokenizer.config.vocab_size if tokenizer else 1
-    counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # tokens loss images right log_p
+    double = {"dtype": torch.float64, "device": device}
+    counts = torch.zeros(tokenizer.config.vocab_size if tokenizer else 1, **double)
+    sums = torch.zeros(5, **double)  # tokens, loss, images, right, log p
     for batch in batches.eval_batches(held_out, args, process):
         x, pixels, mask = two_views(batch, device, args.normalise)
         predicted = positions_to_predict(args.recover, mask)
@@ -211,12 +211,11 @@ def evaluate(model, tokenizer, held_out, args, process):
                 parameters = tokenizer.decode_parameters(target.unflatten(1, (grid, grid)))
             sums[4] -= tokenizer.negative_log_likelihood(pixels, *parameters).sum()
     model.train()
-    processes.all_sum(counts)
+    commonest = processes.all_sum(counts).max().item()
     tokens, loss, images, right, log_p = processes.all_sum(sums).tolist()
     tokens = max(tokens, 1)
     result = {"mim_loss": loss / tokens}
     if tokenizer:
-        commonest = counts.max().item()
         result |= {"mim_accuracy": right / tokens, "commonest_token": commonest / tokens}
         result |= {"stage1_nats": log_p / images, "stage2_nats": -loss / images}
     return result
@@ -272,8 +271,10 @@ def build(args, tokenizer):
     for name, known in choices.items():
         if getattr(args, name) not in known:
             raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
-    shape = {name: getattr(args, name) for name in ("image_size", "positions", "drop_path")}
-    config = model_config(args.model, **shape)
+    changes = {name: getattr(args, name) for name in ("image_size", "positions", "drop_path")}
+    if args.layer_scale is not None:
+        changes["layer_scale"] = args.layer_scale
+    config = model_config(args.model, **changes)
     if not tokenizer:
         return BeitForMaskedImageModeling(config, 3 * config.patch_size**2)
     factor = tokenizer.config.downsampling
@@ -299,6 +300,8 @@ def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
     tokenizers = "checkpoint.pt of train_tokenizer.py, or dalle:FOLDER; needed for --target tokens"
     parser.add_argument("--tokenizer", help=tokenizers)
+    layer_scale = "initial value of LayerScale; 0: none; default: that of --model"
+    parser.add_argument("--layer-scale", type=float, help=layer_scale)
     parser.add_argument("--recompute", action="store_true", help=command_line.RECOMPUTE)
     args = command_line.parse_recipe(parser, RECIPES, argv)
     if args.target in TARGETS and (args.tokenizer is None) == (args.target == "tokens"):

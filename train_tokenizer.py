@@ -75,8 +75,7 @@ def evaluate(model, held_out, args, process):
         counts += torch.bincount(z.flatten(), minlength=len(counts))
         sums += torch.tensor([(reconstruction - x).pow(2).sum().item(), x.numel()], device=device)
     model.train()
-    processes.all_sum(counts)
-    processes.all_sum(sums)
+    counts, sums = processes.all_sum(counts), processes.all_sum(sums)
     share = counts / counts.sum()
     return {
         "reconstruction_mse": (sums[0] / sums[1]).item(),
@@ -174,7 +173,7 @@ def main(argv=None):
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
         if run.allows(step, norm, lr):
             scaler.step(optimizer)
-            model.track(*zip(*statistics))
+            model.track(step, *zip(*statistics))
             if args.ema:
                 average.update_parameters(model)
         scaler.update()

@@ -1,4 +1,8 @@
-"""Views with class labels for classification (section 2.6)."""
+"""Views with class labels for classification (section 2.6), and mixtures of them (appendix)."""
+
+import math
+
+import torch
 
 from images import augment, views
 from plumbing import noise
@@ -8,11 +12,12 @@ class LabelledViews(views.Crops):
     """A batch of keys (epoch, index) gives uint8 images (B, 3, S, S) and int64 labels (B,).
 
     Training: random crop and flip, then RandAugment and random erasing. Evaluation: the centred
-    square, or the whole image from 384 pixels on. args: the flags of finetune_cls. Raises
-    ValueError if the source has no labels or a label is not below `classes`.
+    square, of a share of the short side below 384 pixels. args: the flags of finetune_cls.
+    normalise: a key of batches.NORMALISE, whose mean fills what RandAugment's warps leave empty.
+    Raises ValueError if the source has no labels or a label is not below `classes`.
     """
 
-    def __init__(self, args, source, classes, train):
+    def __init__(self, args, source, classes, train, normalise="half"):
         if source.labels is None:
             raise ValueError(f"{source.name}: it has no class labels")
         largest = source.labels.max()
@@ -31,6 +36,7 @@ class LabelledViews(views.Crops):
             labels=True,
         )
         self.randaugment, self.erasing = args.randaugment, args.erasing
+        self.fill = augment.mean_colour(normalise)
 
     def __getitems__(self, keys):
         images, labels = super().__getitems__(keys)
@@ -38,7 +44,36 @@ class LabelledViews(views.Crops):
             for index, key in enumerate(keys):
                 rng = noise.sample_rng(self.seed, *key, "augment")
                 if self.randaugment:
-                    images[index] = augment.randaugment(images[index], self.randaugment, rng)
+                    images[index] = augment.randaugment(
+                        images[index], self.randaugment, rng, self.fill
+                    )
                 if rng.random() < self.erasing:
                     augment.erase(images[index], rng)
         return [images, labels]
+
+
+def mix(x, targets, mixup, cutmix, rng):
+    """Mixup or cutmix of each image with its neighbour: x (B, 3, H, W), targets (B, C).
+
+    lambda ~ Beta(alpha, alpha), one for the step, is the image's own share: of every pixel (mixup),
+    or of the area, outside a pasted box (cutmix; recomputed after the box is cut at the border).
+    Neighbours (0 and 1, 2 and 3, ...) stay together when the batch is split among processes.
+    """
+    if not mixup and not cutmix:
+        return x, targets
+    # An odd last image is its own neighbour.
+    neighbour = (torch.arange(len(x), device=x.device) ^ 1).clamp_max(len(x) - 1)
+    if cutmix and (not mixup or rng.random() < 0.5):
+        share = rng.betavariate(cutmix, cutmix)
+        H, W = x.shape[-2:]
+        h, w = H * math.sqrt(1 - share), W * math.sqrt(1 - share)
+        cy, cx = rng.random() * H, rng.random() * W
+        top, bottom = max(round(cy - h / 2), 0), min(round(cy + h / 2), H)
+        left, right = max(round(cx - w / 2), 0), min(round(cx + w / 2), W)
+        share = 1 - (bottom - top) * (right - left) / (H * W)
+        pasted, x = x[neighbour, :, top:bottom, left:right], x.clone()
+        x[:, :, top:bottom, left:right] = pasted
+    else:
+        share = rng.betavariate(mixup, mixup)
+        x = share * x + (1 - share) * x[neighbour]
+    return x, share * targets + (1 - share) * targets[neighbour]

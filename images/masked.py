@@ -10,13 +10,14 @@ from plumbing import noise
 class MaskedImages(views.Samples):
     """A batch of keys (epoch, index) gives uint8 images (B, 3, S, S) and masks (B, S, S).
 
-    Training: resize by a random factor, take a random crop of S x S, flip, vary the colours.
+    Training: resize by a random factor, take a random crop of S x S, flip, vary the colours, pad.
     Evaluation: the whole image, padded to at least S x S; images of different sizes must come one
-    at a time. args: the flags of finetune_seg. Raises ValueError if the source has no masks or a
-    mask value is neither below `classes` nor IGNORE.
+    at a time. args: the flags of finetune_seg. normalise: a key of batches.NORMALISE, whose mean is
+    the padding, 0 after standardising. Raises ValueError if the source has no masks or a mask value
+    is neither below `classes` nor IGNORE.
     """
 
-    def __init__(self, args, source, classes, train):
+    def __init__(self, args, source, classes, normalise, train):
         if source.masks is None:
             raise ValueError(
                 f"{source.name}: it has no masks, which segmentation needs; of the named sets, "
@@ -24,6 +25,7 @@ class MaskedImages(views.Samples):
             )
         super().__init__(source, train, args.seed)
         self.args, self.classes = args, classes
+        self.padding = augment.mean_colour(normalise)
         self.one_size = isinstance(source, sources.Arrays)
         if self.one_size:  # the masks of files are checked when read
             self.check_masks(source.masks)
@@ -53,31 +55,42 @@ class MaskedImages(views.Samples):
     def prepare(self, key):
         """Image (1, 3, S, S) in 0..255 and mask (1, 1, S, S) of one key, both as float.
 
-        In evaluation they are (1, 3, H, W) and (1, 1, H, W) with H, W >= S.
+        In evaluation they are (1, 3, H, W) and (1, 1, H, W) with H, W >= S. Padding comes last, as
+        in mmseg, so that no step changes it.
         """
         args = self.args
         rng = noise.sample_rng(args.seed, *key)
         image, mask = self.load(key[1])
-        factor = args.short_side / min(image.shape[-2:]) if args.short_side else 1
+        ratio = rng.uniform(args.min_scale, args.max_scale) if self.train else 1
+        size = new_size(*image.shape[-2:], ratio, args.short_side, args.long_side)
+        image, mask = resize(image, mask, *size)
         if self.train:
-            factor *= rng.uniform(args.min_scale, args.max_scale)
-        height, width = (round(side * factor) for side in image.shape[-2:])
-        image, mask = pad(*resize(image, mask, height, width), args.image_size)
-        if not self.train:
-            return image, mask
-        image, mask = random_crop(image, mask, args.image_size, rng)
-        if args.flip and rng.random() < 0.5:
-            image, mask = image.flip(3), mask.flip(3)
-        if args.photometric:
-            factors = [[rng.uniform(1 - s, 1 + s) for s in (0.125, 0.5, 0.5)]]
-            image = augment.colour_jitter(image / 255, torch.tensor(factors)) * 255
-        return image, mask
+            image, mask = random_crop(image, mask, args.image_size, rng)
+            if args.flip and rng.random() < 0.5:
+                image, mask = image.flip(3), mask.flip(3)
+            if args.photometric:
+                image = augment.photometric(image / 255, rng) * 255
+        return pad(image, mask, args.image_size, self.padding)
 
     def __getitems__(self, keys):
         images, masks = (torch.cat(parts) for parts in zip(*map(self.prepare, keys)))
         masks = masks[:, 0].byte()
         self.check_masks(masks)
         return [images.round().clamp(0, 255).byte(), masks]
+
+
+def new_size(height, width, ratio, short_side, long_side):
+    """Height and width to resize an image to, as mmseg's Resize with keep_ratio.
+
+    The largest size of the same shape that keeps the short side to ratio x short_side and the long
+    side to ratio x long_side (0: no limit). With short_side 0: ratio times the image's own size.
+    """
+    if not short_side:
+        return round(height * ratio), round(width * ratio)
+    factor = int(short_side * ratio) / min(height, width)
+    if long_side:
+        factor = min(factor, int(long_side * ratio) / max(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
 def resize(image, mask, height, width):
@@ -91,26 +104,34 @@ def resize(image, mask, height, width):
     return image, F.interpolate(mask, (height, width), mode="nearest-exact")
 
 
-def pad(image, mask, size):
-    """Pad at the right and bottom to at least size x size: image black, mask IGNORE."""
-    right, bottom = max(0, size - image.shape[-1]), max(0, size - image.shape[-2])
-    padding = 0, right, 0, bottom
-    return F.pad(image, padding), F.pad(mask, padding, value=sources.IGNORE)
+def pad(image, mask, size, colour):
+    """Pad at the right and bottom to at least size x size: image with a colour, mask IGNORE.
+
+    colour: R, G, B in 0..255.
+    """
+    height, width = mask.shape[-2:]
+    padding = 0, max(0, size - width), 0, max(0, size - height)
+    padded = F.pad(image, padding)
+    colour = torch.tensor(colour, dtype=image.dtype).view(3, 1, 1)
+    padded[..., height:, :] = colour
+    padded[..., width:] = colour
+    return padded, F.pad(mask, padding, value=sources.IGNORE)
 
 
 def random_crop(image, mask, size, rng):
     """The same random crop of size x size from an image (1, 3, H, W) and its mask (1, 1, H, W).
 
-    At most 75 % of the pixels with a class may have the same one; the tenth try is taken anyway.
+    A side shorter than `size` is kept whole. At most 75 % of the pixels with a class may have the
+    same one; the tenth try is taken anyway.
     """
     height, width = mask.shape[-2:]
     for _ in range(10):
-        top, left = rng.randint(0, height - size), rng.randint(0, width - size)
+        top, left = rng.randint(0, max(0, height - size)), rng.randint(0, max(0, width - size))
         window = ..., slice(top, top + size), slice(left, left + size)
         crop = mask[window]
         counts = torch.bincount(crop[crop != sources.IGNORE].long())
         varied = len(counts) and counts.max() <= 0.75 * counts.sum()
-        if varied or height == width == size:  # there is only one such crop
+        if varied or max(height, width) <= size:  # there is only one such crop
             break
     return image[window], crop
 

@@ -20,27 +20,35 @@ def random_box(rng, height, width, min_area):
     """A random resized crop as (top, left, height, width) in pixels.
 
     Its area is min_area to 1 of the image's, its aspect ratio log-uniform in 3/4 to 4/3. With
-    min_area 1 it is the whole image.
+    min_area 1 it is the largest square at a random place, so that no picture is squashed.
     """
     if min_area >= 1:
-        return 0, 0, height, width
+        side = min(height, width)
+        top = rng.randint(0, height - side) if height > side else 0
+        return top, rng.randint(0, width - side) if width > side else 0, side, side
     for _ in range(10):
         area = height * width * rng.uniform(min_area, 1)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    return square_box(height, width, min(height, width))  # for very long images
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # the centre at 4:3
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
-def centre_box(height, width, share):
-    """The evaluation crop (top, left, height, width): a centred square.
+def centre_view(images, size, kernel, share=1.0):
+    """The evaluation view, as torchvision makes it: uint8 (B, 3, H, W) -> (B, 3, size, size).
 
-    Its side is `share` of the image's short side. With share 1 it is the whole image instead.
+    The short side is resized to size / share pixels, then the centred square is cut out; nothing
+    is squashed. share: 224/256 in the paper's recipe below 384 pixels.
     """
-    if share >= 1:
-        return 0, 0, height, width
-    return square_box(height, width, round(share * min(height, width)))
+    height, width = images.shape[-2:]
+    short = int(size / share)
+    h, w = (int(short * side / min(height, width)) for side in (height, width))
+    if (h, w) != (height, width):
+        images = F.interpolate(images, (h, w), mode=kernel, antialias=True)
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return images[..., top : top + size, left : left + size]
 
 
 def square_box(height, width, side):
@@ -102,7 +110,7 @@ class Crops(Samples):
 
     views: list of (size, kernel), see crop_resize. min_crop: smallest share of the area that a crop
     keeps. jitter: brightness, contrast and saturation vary by this factor either way. centre: share
-    of the short side for evaluation (train=False), where nothing is random; see centre_box.
+    of the short side for evaluation (train=False), where nothing is random; see centre_view.
 
     A batch of keys gives a list of uint8 tensors (B, 3, size, size), one per view, followed by the
     labels (B,) if labels=True.
@@ -125,9 +133,7 @@ class Crops(Samples):
         self.min_crop, self.flip, self.jitter = min_crop, flip, jitter
 
     def draw(self, key, height, width):
-        """The random choices for one sample: (box, flip or not, three colour factors)."""
-        if not self.train:
-            return centre_box(height, width, self.centre), False, (1.0, 1.0, 1.0)
+        """The random choices for one training sample: (box, flip or not, three colour factors)."""
         rng = noise.sample_rng(self.seed, *key)
         box = random_box(rng, height, width, self.min_crop)
         factors = [1 + self.jitter * (2 * rng.random() - 1) for _ in range(3)]
@@ -137,19 +143,28 @@ class Crops(Samples):
         """The views, and labels if wanted, of samples whose images have one size."""
         readers = [self.source.read] + [self.source.read_labels] * self.labels
         images, *labels = self.read([index for _, index in keys], *readers)
-        height, width = images.shape[1:3]
-        boxes, flips, factors = zip(*(self.draw(key, height, width) for key in keys))
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        make_views = self.random_views if self.train else self.centre_views
+        return [*make_views(images, keys), *map(torch.from_numpy, labels)]
+
+    def centre_views(self, images, keys):
+        """The views for evaluation, where nothing is random."""
+        return [centre_view(images, size, kernel, self.centre) for size, kernel in self.views]
+
+    def random_views(self, images, keys):
+        """The views for training: flip and colour jitter, then one crop resized to each size."""
+        height, width = images.shape[-2:]
+        boxes, flips, factors = zip(*(self.draw(key, height, width) for key in keys))
         if any(flips):
             images = torch.where(torch.tensor(flips)[:, None, None, None], images.flip(3), images)
-        if self.train and self.jitter:
+        if self.jitter:
             jittered = augment.colour_jitter(images / 255, torch.tensor(factors))
             images = (jittered * 255).round().byte()
         views = []
         for size, kernel in self.views:
             unchanged = (height, width) == (size, size) and set(boxes) == {(0, 0, size, size)}
             views.append(images if unchanged else crop_resize(images, boxes, size, kernel))
-        return [*views, *map(torch.from_numpy, labels)]
+        return views
 
     def __getitems__(self, keys):
         if isinstance(self.source, sources.Arrays):

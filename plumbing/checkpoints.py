@@ -20,8 +20,8 @@ from plumbing import weights
 
 CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before it
 
-# Files that a run killed before its first checkpoint may leave in its output folder.
-LEFT_BY_A_FALSE_START = {"lock", "checkpoint.tmp"}
+# Files that a run which ended before its first step may leave in its output folder.
+LEFT_BY_A_FALSE_START = {"lock", "checkpoint.tmp", "checkpoint.pt"}
 
 # Settings that may differ when a run is resumed: they change nothing in the result but rounding.
 FREE_TO_CHANGE = {
@@ -85,12 +85,24 @@ def claim_output(args):
         args.resume = has_checkpoint
     if args.resume and not has_checkpoint:
         raise ValueError(f"--resume: there is no {CHECKPOINTS[0]} in {out}")
-    if not args.resume and found - LEFT_BY_A_FALSE_START:
+    if not args.resume and not is_false_start(out, found):
         raise ValueError(
             f"--out {out} is not an empty folder: choose a new one, or --resume to continue it"
         )
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
+
+
+def is_false_start(out, found):
+    """Did a run end in this folder before its first step, so that nothing is lost by a new one?"""
+    if found - LEFT_BY_A_FALSE_START:
+        return False
+    if CHECKPOINTS[0] not in found:
+        return True
+    try:
+        return weights.read(out / CHECKPOINTS[0])["step"] == 0
+    except (ValueError, KeyError, TypeError):  # not a checkpoint of ours, or damaged
+        return False
 
 
 def lock(out):

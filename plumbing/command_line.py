@@ -57,6 +57,8 @@ def add_init_flags(parser):
     """The flags of the two fine-tuning scripts."""
     add = parser.add_argument
     add("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
+    add("--normalise", default="auto", choices=("auto", "half", "imagenet"),
+        help="pixel mean and std; auto: the checkpoint's, half for published weights")  # fmt: skip
     add("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     add("--recompute", action="store_true", help=RECOMPUTE)
 

@@ -11,6 +11,8 @@ This project's parameter names are the authors' ("released"), which timm uses to
 """
 
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -148,26 +150,32 @@ def inferred_config(state):
     }
 
 
-def load_init(path, *kinds):
-    """load_pretrained(path, *kinds), or None for `--init random`."""
-    return None if path == "random" else load_pretrained(path, *kinds)
+def load_init(args, *kinds):
+    """(the weights of --init, see load_pretrained, or None if random; the name of --normalise)."""
+    if args.init == "random":
+        return None, "half" if args.normalise == "auto" else args.normalise
+    init = load_pretrained(args.init, *kinds, normalise=args.normalise)
+    return init, init["normalise"]
 
 
-def load_pretrained(path, *kinds):
+def load_pretrained(path, *kinds, normalise="auto"):
     """Load a checkpoint of these scripts, or BEiT weights of the authors, timm or transformers.
 
     Returns a dict: kind (one of `kinds`), config (BeitConfig's fields), model (state dict under the
     released names), normalise (pixel mean and std, "half" or "imagenet") and classes (their names).
+    The argument normalise replaces the file's own pixel mean and std unless it is "auto".
 
     Published files hold a state dict, bare or under the key `model` or `module`. Their config is
-    inferred from the tensors, normalise is "half", classes is None. Raises ValueError if the file
+    inferred from the tensors and classes is None. They do not say their normalise: "auto" takes
+    "half", right for those pre-trained on ImageNet-22k, and says so. Raises ValueError if the file
     is anything else.
     """
     content = weights.read(path)
+    if isinstance(content, dict) and "kind" in content:
+        found = checkpoints.check_kind(path, content, *kinds)
+        return found if normalise == "auto" else found | {"normalise": normalise}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    if "kind" in content:
-        return checkpoints.check_kind(path, content, *kinds)
     state = content.get("model", content.get("module", content))
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__} as its model, not a state dict")
@@ -183,10 +191,17 @@ def load_pretrained(path, *kinds):
         "kind": "classification" if "head.weight" in state else "pretraining",
         "config": inferred_config(state),
         "model": state,
-        "normalise": "half",
+        "normalise": "half" if normalise == "auto" else normalise,
         "classes": None,
     }
-    return checkpoints.check_kind(path, found, *kinds)
+    checkpoints.check_kind(path, found, *kinds)
+    if normalise == "auto" and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{path} does not say its pixel mean and std: taking 0.5, as in the files pre-trained "
+            "on ImageNet-22k; --normalise imagenet for those pre-trained on ImageNet-1k",
+            file=sys.stderr,
+        )
+    return found
 
 
 # -------------------------------------------------------- DALL-E's tokenizer

@@ -20,11 +20,15 @@ def warmup_cosine(step, steps, warmup, peak, final):
     return cosine(step - warmup, steps - warmup, peak, final)
 
 
-def warmup_linear(step, steps, warmup, peak):
-    """Learning rate: linear to `peak` in `warmup` steps, then linear to 0 (segmentation)."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * max(steps - step, 0) / (steps - warmup)
+def warmup_linear(step, steps, warmup, peak, from_start=False):
+    """Learning rate: linear warm-up, and a linear decay from `peak` to 0 at `steps`.
+
+    The decay counts from the end of the warm-up, or from step 0, which is how the authors' code
+    does it for segmentation: there warm-up is a factor on the decaying rate.
+    """
+    first = 0 if from_start else warmup
+    lr = peak * max(steps - step, 0) / (steps - first) if step >= first else peak
+    return lr * (step + 1) / warmup if step < warmup else lr
 
 
 def set_lr(optimizer, lr):

@@ -80,7 +80,7 @@ def test_segmentation_crops_keep_image_and_mask_together():
     flags = ["--out", "unused", "--image-size", "16"]
     args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
     keys = [(epoch, index) for epoch in range(5) for index in range(6)]
-    crops, masks = masked.MaskedImages(args, source, 4, True).__getitems__(keys)
+    crops, masks = masked.MaskedImages(args, source, 4, "half", True).__getitems__(keys)
     assert crops.shape == (30, 3, 16, 16) and torch.equal(crops[:, 0], masks)
 
 
@@ -94,19 +94,6 @@ def test_batches_are_a_function_of_the_step():
 
 
 # -------------------------------------------------------- augmentation
-
-
-def test_randaugment_operations_keep_the_range_and_do_something():
-    """Every operation keeps shape and range and changes a noise image; a seed fixes randaugment."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=generator)
-    for operation in augment.OPERATIONS:
-        for strength in (0.0, 0.5, 1.0):
-            y = operation(image / 255, strength, -1)
-            assert y.shape == image.shape and y.min() > -1e-5 and y.max() < 1 + 1e-5
-        assert not torch.allclose(operation(image / 255, 0.7, 1), image / 255, atol=1e-3)
-    again = [augment.randaugment(image, 9, random.Random(s)) for s in (1, 1)]
-    assert torch.equal(*again)
 
 
 def test_erasing_erases_one_rectangle():

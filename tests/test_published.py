@@ -104,9 +104,9 @@ def test_weights_from_elsewhere_are_strict(tmp_path):
     theirs = published.to_transformers(state)
     key = "beit.encoder.layer.1.attention.attention.key.weight"
     cases = {
-        "missing blocks.1.norm2.bias": without(state, "blocks.1.norm2.bias"),
-        "missing blocks.1.attn.qkv.weight": without(theirs, key),
-        "unknown blocks.0.adapter": state | {"blocks.0.adapter": torch.zeros(1)},
+        'Missing key(s) in state_dict: "blocks.1.norm2.bias"': without(state, "blocks.1.norm2.bias"),
+        'Missing key(s) in state_dict: "blocks.1.attn.qkv.weight"': without(theirs, key),
+        'Unexpected key(s) in state_dict: "adapter"': state | {"adapter": torch.zeros(1)},
         "'epoch' is not a tensor": state | {"epoch": 3},
         "holds a int as its model": {"model": 3},
         "holds a list, not a state dict": [1],
