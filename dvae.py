@@ -14,6 +14,8 @@ Images are float tensors (B, 3, H, W) in [0, 1]; tokens are int64 (B, h, w) in [
 Train it with train_tokenizer.py.
 """
 
+import contextlib
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -109,8 +111,10 @@ class ResidualBlock(nn.Module):
         self.res_path = nn.Sequential(parts)
         self.post_gain = 1 / layers**2
 
-    def forward(self, x):
-        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
+    def forward(self, x, branch_autocast=contextlib.nullcontext):
+        with branch_autocast():
+            branch = self.res_path(x)
+        return torch.add(self.id_path(x), branch, alpha=self.post_gain)
 
 
 def residual_groups(widths, kernels, blocks, resize):
@@ -141,8 +145,22 @@ class Encoder(nn.Module):
         parts = OrderedDict(input=conv(3, widths[0], 7), **groups, output=output)
         self.blocks = nn.Sequential(parts)
 
-    def forward(self, x):
-        return self.blocks(x)
+    def forward(self, x, exact=False):
+        """exact: compute what decides the argmax in float32 under autocast.
+
+        That is the stream through the identity paths. Rounding errors of the branches are scaled by
+        1/layers**2 as the branches are; they follow autocast only where that is 1/64 or less.
+        """
+        if not exact:
+            return self.blocks(x)
+        kind, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
+        low = torch.is_autocast_enabled(kind) and self.blocks.group_1.block_1.post_gain <= 1 / 64
+        autocast = functools.partial(torch.autocast, kind, dtype=dtype, enabled=low)
+        with torch.autocast(kind, enabled=False):
+            for group in self.blocks:
+                for part in group if isinstance(group, nn.Sequential) else [group]:
+                    x = part(x, autocast) if isinstance(part, ResidualBlock) else part(x)
+        return x
 
 
 class Decoder(nn.Module):
@@ -197,18 +215,21 @@ class DVAE(nn.Module):
         self.register_buffer("pixel_variance", torch.tensor(1.0))
         self.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
-    def encode(self, x):
+    def encode(self, x, exact=False):
         """Images (B, 3, H, W) in [0, 1] -> logits of q_phi(z|x), float32 (B, h, w, |V|).
 
-        The convolutions follow autocast; softmax and argmax over thousands of codes get float32.
+        The convolutions follow autocast, unless exact: see Encoder.forward.
         """
         x = map_pixels(x).contiguous(memory_format=torch.channels_last)
-        return self.encoder(x).float().permute(0, 2, 3, 1)
+        return self.encoder(x, exact).float().permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def tokens(self, x):
-        """z, the likeliest code at each position, no noise: (B, 3, H, W) -> int64 (B, h, w)."""
-        return self.encode(x).argmax(-1)
+        """z, the likeliest code at each position, no noise: (B, 3, H, W) -> int64 (B, h, w).
+
+        Near codes differ by less than bf16 resolves, and targets must not depend on the precision.
+        """
+        return self.encode(x, exact=True).argmax(-1)
 
     def decode_codes(self, codes):
         """Codes, channels last (B, h, w, n) -> mu and ln b, each (B, 3, H, W)."""
@@ -296,7 +317,7 @@ class VQVAE(DVAE):
     @torch.no_grad()
     def tokens(self, x):
         """z, the nearest code at each position: (B, 3, H, W) -> int64 (B, h, w)."""
-        return self.code_distance(self.encode(x)).argmin(-1)
+        return self.code_distance(self.encode(x, exact=True)).argmin(-1)
 
     def decode_parameters(self, z):
         """p_psi(x|z) of hard tokens int64 (B, h, w): mu and ln b, each (B, 3, H, W)."""
@@ -363,9 +384,9 @@ class StandardisedDVAE(DVAE):
         self.logit_norm = processes.GlobalBatchNorm(config.vocab_size)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))
 
-    def encode(self, x):
+    def encode(self, x, exact=False):
         """Standardised logits of q_phi(z|x): as DVAE.encode."""
-        logits = super().encode(x).permute(0, 3, 1, 2)  # a view: (B, |V|, h, w)
+        logits = super().encode(x, exact).permute(0, 3, 1, 2)  # a view: (B, |V|, h, w)
         return (self.logit_norm(logits) * self.logit_scale.exp()).permute(0, 2, 3, 1)
 
 

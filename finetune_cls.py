@@ -104,10 +104,7 @@ def evaluate(model, held_out, args, normalise, process):
 
 
 def prepare(args):
-    """(model, training set, held-out set, normalise, class names) to fine-tune --init.
-
-    Raises ValueError if the weights or the data do not fit.
-    """
+    """(model, training set, held-out set, normalise, class names) to fine-tune --init."""
     init, normalise = published.load_init(args, "pretraining", KIND)
     source, held_out = sets.open_splits(args)
     classes = source.classes
@@ -133,10 +130,7 @@ def prepare(args):
 
 
 def prepare_evaluation(args):
-    """(model, held-out set, normalise) of the classifier --init, for --eval.
-
-    Raises ValueError if its classes are not the data's.
-    """
+    """(model, held-out set, normalise) to --eval; raises ValueError if --data has other classes."""
     init, normalise = published.load_init(args, KIND)
     config, classes = BeitConfig(**init["config"]), len(init["model"]["head.weight"])
     model = BeitForClassification(config, classes, init.get("layer"))

@@ -171,10 +171,7 @@ def draw_pictures(model, held_out, args, normalise, process, out):
 
 
 def prepare(args):
-    """(model, training set, held-out set, normalise, class names) to fine-tune --init.
-
-    Raises ValueError if the weights or the data do not fit.
-    """
+    """(model, training set, held-out set, normalise, class names) to fine-tune --init."""
     init, normalise = published.load_init(args, "pretraining", "classification", KIND)
     source, held_out = sets.open_splits(args)
     classes = source.mask_classes

@@ -263,10 +263,7 @@ def draw_pictures(model, tokenizer, held_out, args, process, out):
 
 
 def build(args, tokenizer):
-    """The model of the recipe.
-
-    Raises ValueError on unknown names, and unless there is one token per patch.
-    """
+    """The model of the recipe. Raises ValueError unless there is one token per patch."""
     choices = {"target": TARGETS, "recover": RECOVER, "normalise": batches.NORMALISE}
     for name, known in choices.items():
         if getattr(args, name) not in known:

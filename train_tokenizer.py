@@ -101,18 +101,6 @@ def datasets(args):
     return train_set, views.Crops(held_out, view, train=False)
 
 
-def exponential_noise(args, config, count, step, part, device):
-    """Exp(1) noise for Gumbel-softmax: (count, h, w, |V|) for part number `part` of the batch.
-
-    VQ-VAE needs none: None.
-    """
-    if config.quantizer == "vq":
-        return None
-    side = args.image_size // config.downsampling
-    shape = (side, side, config.vocab_size)
-    return noise.sample_noise("exponential", shape, count, args.seed, step, part, device)
-
-
 def revive_codes(model, x, step, args, process):
     """VQ-VAE: every 50 steps move unused codes to encoder outputs of this batch."""
     if args.quantizer == "vq" and step % 50 == 0:
@@ -163,7 +151,7 @@ def main(argv=None):
         revive_codes(model, x, step, args, process)  # VQ-VAE only
         total, statistics = 0.0, []
         for part, (x,) in enumerate(run.passes(x), start=process.rank * args.accumulate):
-            e = exponential_noise(args, model.config, len(x), step, part, device)
+            e = noise.code_noise(model.config, x, args.seed, step, part)
             with process.autocast():
                 loss, terms, of_pass = run.model(x, tau, beta, e)
             scaler.scale(loss / args.accumulate).backward()

@@ -54,3 +54,15 @@ def depth_noise(config, count, seed, step, process):
     shape, cpu = (config.depth, 2), torch.device("cpu")
     u = sample_noise("uniform", shape, count, seed, step, process.rank, cpu)
     return u.to(process.device, non_blocking=True)
+
+
+def code_noise(config, x, seed, step, part):
+    """Exp(1) noise for the Gumbel-softmax of images x (B, 3, H, W): (B, h, w, |V|).
+
+    part: the number of this accumulation pass among those of all processes. None for VQ-VAE.
+    """
+    if config.quantizer == "vq":
+        return None
+    h, w = (side // config.downsampling for side in x.shape[-2:])
+    shape = (h, w, config.vocab_size)
+    return sample_noise("exponential", shape, len(x), seed, step, part, x.device)
