@@ -4,8 +4,8 @@
     H^l = Transformer(H^(l-1)),  l = 1, ..., L          Block
     H^L = [h^L_[S], h^L_1, ..., h^L_N]                  Beit.forward
 
-One class for every size. Parameter names are those of the released weights. Each head stands in
-the script that trains it: pretrain.py (masked image modeling), finetune_cls.py, finetune_seg.py.
+One class for every size. Parameter names are those of the released weights. Each head is defined
+in the script that trains it: pretrain.py (masked image modeling), finetune_cls.py, finetune_seg.py.
 
 Images are float tensors (B, 3, H, W), standardised. A mask is bool, True = masked.
 """
@@ -39,16 +39,12 @@ class BeitConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image size {self.image_size} is not a multiple of the patch size "
-                f"{self.patch_size}"
-            )
+            size, patch = self.image_size, self.patch_size
+            raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
         if self.dim % self.heads:
             raise ValueError(f"width {self.dim} is not a multiple of {self.heads} heads")
         if self.positions not in ("absolute", "relative", "shared"):
-            raise ValueError(
-                f"positions {self.positions!r} is none of 'absolute', 'relative', 'shared'"
-            )
+            raise ValueError(f"positions {self.positions!r} is none of absolute, relative, shared")
         if not 0 <= self.layer_scale < math.inf:
             raise ValueError(f"layer scale {self.layer_scale} must be a finite number, 0 or more")
 
@@ -93,7 +89,7 @@ def relative_position_index(grid):
     """
     side = 2 * grid - 1
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    place = (y * side + x).flatten()  # differences of rows are rows of differences, plus a constant
+    place = (y * side + x).flatten()  # place[p] - place[q] is the row of offset p - q, shifted
     index = torch.empty(grid**2 + 1, grid**2 + 1, dtype=torch.int64)
     index[1:, 1:] = place[:, None] - place[None, :] + (grid - 1) * (side + 1)
     index[0, 1:], index[1:, 0], index[0, 0] = side**2, side**2 + 1, side**2 + 2
@@ -299,17 +295,16 @@ class Beit(nn.Module):
         """
         size = self.config.image_size
         if x.shape[-2:] != (size, size):
-            raise ValueError(
-                f"images are {x.shape[-2]}x{x.shape[-1]} pixels, the model needs {size}x{size}"
-            )
+            H, W = x.shape[-2:]
+            raise ValueError(f"images are {H}x{W} pixels, the model needs {size}x{size}")
         H = self.patch_embed(x)
         if mask is not None:
-            H = torch.where(mask[:, :, None], self.mask_token.to(H.dtype), H)
-        H = torch.cat([self.cls_token.expand(len(H), -1, -1), H], dim=1)  # (B, N+1, D)
+            H = torch.where(mask[:, :, None], self.mask_token.to(H.dtype), H)  # x^M: e_[M] in M
+        H = torch.cat([self.cls_token.expand(len(H), -1, -1), H], dim=1)  # e_[S] first (B, N+1, D)
         return H if self.pos_embed is None else H + self.pos_embed
 
     def layers(self, u=None):
-        """Yield (block l, its attention bias or None, its (B, 2) of u or None) for l = 1, ..., L.
+        """Yield (block, its attention bias or None, its part (B, 2) of u or None), l = 1, ..., L.
 
         A bias table that all blocks share is looked up once.
         """
@@ -325,7 +320,7 @@ class Beit(nn.Module):
             yield block, bias, None if u is None else u[:, l]
 
     def run(self, block, *inputs):
-        """block(*inputs); with --recompute its activations are computed again for the backward."""
+        """block(*inputs); with --recompute, the backward pass computes its activations again."""
         return checkpoint(block, *inputs, use_reentrant=False) if self.recompute else block(*inputs)
 
     def forward(self, x, mask=None, u=None):
@@ -341,8 +336,8 @@ class Beit(nn.Module):
     def forward_at(self, x, mask, positions, u=None):
         """h_i^L at some patches only: forward(x, mask, u)[:, 1:][positions], (n, D), in less time.
 
-        positions: indices (image, i), int64 (n,) each. Not in the paper, which needs h_i^L for
-        i in M only: block L leaves out its projection and MLP at all other rows.
+        positions: indices (image, i), int64 (n,) each. An optimisation of ours: only h_i^L for
+        i in M is needed, so block L skips its projection and MLP elsewhere.
         """
         image, i = positions
         H = self.embed(x, mask)
@@ -352,7 +347,7 @@ class Beit(nn.Module):
         return self.run(last.forward_at, H, bias, (image, i + 1), u_L)  # row 0 is e_[S]
 
     def features(self, x, layer):
-        """H^l of an inner layer l, 0 to L: (B, 3, H, W) -> (B, N+1, D)."""
+        """H^l of layer l, from 0, the embedding, to L: (B, 3, H, W) -> (B, N+1, D)."""
         H = self.embed(x)
         for block, bias, _ in itertools.islice(self.layers(), layer):
             H = block(H, bias)
@@ -423,9 +418,7 @@ def resize_relative_table(table, grid):
     if old == grid:
         return table
     if old < 3:
-        raise ValueError(
-            f"a relative table of {old}x{old} patches is too small to resize to {grid}x{grid}"
-        )
+        raise ValueError(f"a relative table of {old}x{old} patches is too small to be resized")
     new = np.arange(-(grid - 1), grid, dtype=np.float64)
     S = torch.from_numpy(cubic_spline_matrix(geometric_offsets(old, grid), new))
     square = table[:-3].double().T.unflatten(1, (side, side))  # (heads, side, side)
@@ -436,7 +429,7 @@ def resize_relative_table(table, grid):
 # -------------------------------------------------------- fine-tuning (section 2.6)
 
 
-HEADS = ("lm_head.", "fc_norm.", "head.", "decoder.")  # parameters that no backbone has
+HEADS = ("mask_token", "lm_head.", "fc_norm.", "head.", "decoder.")  # not every model has these
 
 
 def finetuned_config(init, model, image_size, drop_path):
@@ -452,13 +445,13 @@ def finetuned_config(init, model, image_size, drop_path):
 def load_backbone(model, state, keep=()):
     """Copy a pre-trained or fine-tuned state dict into `model`, whatever its head and resolution.
 
-    keep: those of HEADS to copy too; the model's own stay as they are. e_[M] is left out, and the
-    final norm where only one side has it. A shared relative table is copied into every block if
-    the model has one per block. Positions are interpolated. Raises ValueError naming whatever else
-    is missing, left over or of another shape.
+    keep: those of HEADS to copy too; the model's own stay as they are. The final norm is left out
+    where only one side has it. A shared relative table is copied into every block if the model has
+    one per block. Positions are interpolated. Raises ValueError naming whatever else is missing,
+    left over or of another shape.
     """
     own = model.state_dict()
-    heads = ("mask_token", *(head for head in HEADS if head not in keep))
+    heads = tuple(head for head in HEADS if head not in keep)
     if ("norm.weight" in own) != ("norm.weight" in state):
         heads += ("norm.",)
     state = {k: v for k, v in state.items() if not k.startswith(heads)}
@@ -476,8 +469,7 @@ def load_backbone(model, state, keep=()):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"these weights do not fit the model: {reason[:400]}") from error
+        raise ValueError(f"weights do not fit: {' '.join(str(error).split())[:400]}") from error
 
 
 # -------------------------------------------------------- layer-wise learning-rate decay (appendix)

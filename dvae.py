@@ -1,6 +1,6 @@
 """Visual tokens (section 2.1): the discrete VAE whose encoder is BEiT's image tokenizer.
 
-    x in (0,1)^(3 x H x W)  --q_phi(z|x)-->  z in V^(h x w)  --p_psi(x|z)-->  x again
+    x in [0,1]^(3 x H x W)  --q_phi(z|x)-->  z in V^(h x w)  --p_psi(x|z)-->  x again
 
 The networks are DALL-E's (Ramesh et al. 2021, appendix A): convolutional residual networks that
 downsample by 2 between groups, so 2, 3 or 4 groups give an h x w grid 2, 4 or 8 times coarser than
@@ -14,8 +14,6 @@ Images are float tensors (B, 3, H, W) in [0, 1]; tokens are int64 (B, h, w) in [
 Train it with train_tokenizer.py.
 """
 
-import contextlib
-import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -50,9 +48,7 @@ class DVAEConfig:
         if not 2 <= self.groups <= 4:
             raise ValueError(f"groups {self.groups} must be 2, 3 or 4 (downsampling by 2, 4 or 8)")
         if self.hidden % 4:
-            raise ValueError(
-                f"hidden {self.hidden} must be a multiple of 4: the bottleneck is a quarter of it"
-            )
+            raise ValueError(f"hidden {self.hidden} must be a multiple of 4 (for the bottleneck)")
 
     @property
     def downsampling(self):
@@ -111,10 +107,8 @@ class ResidualBlock(nn.Module):
         self.res_path = nn.Sequential(parts)
         self.post_gain = 1 / layers**2
 
-    def forward(self, x, branch_autocast=contextlib.nullcontext):
-        with branch_autocast():
-            branch = self.res_path(x)
-        return torch.add(self.id_path(x), branch, alpha=self.post_gain)
+    def forward(self, x):
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
 
 
 def residual_groups(widths, kernels, blocks, resize):
@@ -145,21 +139,26 @@ class Encoder(nn.Module):
         parts = OrderedDict(input=conv(3, widths[0], 7), **groups, output=output)
         self.blocks = nn.Sequential(parts)
 
-    def forward(self, x, exact=False):
-        """exact: compute what decides the argmax in float32 under autocast.
+    def forward(self, x):
+        return self.blocks(x)
 
-        That is the stream through the identity paths. Rounding errors of the branches are scaled by
-        1/layers**2 as the branches are; they follow autocast only where that is 1/64 or less.
+    def exact(self, x):
+        """forward(x) with the residual stream, which decides the argmax, in float32 (ours).
+
+        Under autocast a branch uses the lower precision only if its scale 1/layers**2, which also
+        scales its rounding errors, is at most 1/64.
         """
-        if not exact:
-            return self.blocks(x)
         kind, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
         low = torch.is_autocast_enabled(kind) and self.blocks.group_1.block_1.post_gain <= 1 / 64
-        autocast = functools.partial(torch.autocast, kind, dtype=dtype, enabled=low)
         with torch.autocast(kind, enabled=False):
             for group in self.blocks:
                 for part in group if isinstance(group, nn.Sequential) else [group]:
-                    x = part(x, autocast) if isinstance(part, ResidualBlock) else part(x)
+                    if isinstance(part, ResidualBlock):
+                        with torch.autocast(kind, dtype=dtype, enabled=low):
+                            branch = part.res_path(x)
+                        x = torch.add(part.id_path(x), branch, alpha=part.post_gain)
+                    else:
+                        x = part(x)
         return x
 
 
@@ -218,16 +217,17 @@ class DVAE(nn.Module):
     def encode(self, x, exact=False):
         """Images (B, 3, H, W) in [0, 1] -> logits of q_phi(z|x), float32 (B, h, w, |V|).
 
-        The convolutions follow autocast, unless exact: see Encoder.forward.
+        The convolutions follow autocast, unless exact: see Encoder.exact.
         """
         x = map_pixels(x).contiguous(memory_format=torch.channels_last)
-        return self.encoder(x, exact).float().permute(0, 2, 3, 1)
+        y = self.encoder.exact(x) if exact else self.encoder(x)
+        return y.float().permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def tokens(self, x):
         """z, the likeliest code at each position, no noise: (B, 3, H, W) -> int64 (B, h, w).
 
-        Near codes differ by less than bf16 resolves, and targets must not depend on the precision.
+        bf16 cannot separate codes with close logits, and targets must not depend on the precision.
         """
         return self.encode(x, exact=True).argmax(-1)
 
@@ -273,7 +273,7 @@ class DVAE(nn.Module):
         return nll, squared_error
 
     def forward(self, x, tau, beta, e):
-        """Stage 1's loss (eq. 2's bound for the dVAE alone): (loss, its terms, batch statistics).
+        """Stage 1's loss (section 2.1; eq. 3's first term): (loss, its terms, batch statistics).
 
         x: (B, 3, H, W) in [0, 1]; tau: temperature; beta: weight of the KL; e: Exp(1) noise of
         shape (B, h, w, |V|). Both terms are sums over one image divided by its number of pixel
@@ -282,7 +282,7 @@ class DVAE(nn.Module):
         """
         logits = self.encode(x)
         reconstruction, squared_error = self.reconstruction(x, gumbel_softmax(logits, tau, e))
-        kl = kl_to_uniform(logits)  # of q itself, not of the noisy sample: (B, h, w)
+        kl = kl_to_uniform(logits)  # to the prior; of q itself, not of the noisy sample: (B, h, w)
         loss = reconstruction + beta * kl.sum((1, 2)).mean() / x[0].numel()
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach().mean()}
         return loss, terms, [squared_error.detach()]
@@ -290,7 +290,7 @@ class DVAE(nn.Module):
     def track(self, step, squared_errors):
         """Update running statistics after `step` (from 0), from the statistics of its passes."""
         mean = processes.all_mean(sum(squared_errors) / len(squared_errors))
-        # At first the mean of all steps: the initial 1.0 must not linger in a short training.
+        # At first the mean of all steps: otherwise the initial 1.0 would bias a short run.
         self.pixel_variance.lerp_(mean, max(0.02, 1 / (step + 1)))
 
 
@@ -309,8 +309,8 @@ class VQVAE(DVAE):
         self.register_buffer("usage", torch.zeros(config.vocab_size))
 
     def code_distance(self, z_e):
-        """Squared distance of (..., code_dim) to every code, up to |z_e|²: (..., |V|)."""
-        # In bf16 near codes could not be told apart.
+        """Squared distance of (..., code_dim) to every code, less |z_e|²: (..., |V|)."""
+        # bf16 cannot distinguish codes that are close.
         with torch.autocast(z_e.device.type, enabled=False):
             return self.codebook.pow(2).sum(1) - 2 * z_e @ self.codebook.T
 
@@ -324,7 +324,7 @@ class VQVAE(DVAE):
         return self.decode_codes(self.codebook[z])
 
     def straight_through(self, z_e):
-        """z_e (B, h, w, code_dim) -> codes with value z_q and the gradient of z_e; z_q; z."""
+        """z_e (B, h, w, code_dim) -> (z_q with its gradient passed on to z_e, plain z_q, z)."""
         z = self.code_distance(z_e.detach()).argmin(-1)
         z_q = self.codebook[z]
         return z_e + (z_q - z_e).detach(), z_q, z
@@ -374,9 +374,9 @@ class VQVAE(DVAE):
 class StandardisedDVAE(DVAE):
     """A DVAE whose logits are standardised: --normalise-logits.
 
-    At small scale a few codes soon win everywhere, because each code's mean logit outweighs what
-    differs between positions. Standardising each code's logit over the batch (of all processes)
-    removes that mean. One learned scale then decides how sharp q is.
+    At small scale a few codes soon win everywhere, because the codes' mean logits differ by more
+    than the logits of different positions. Standardising each code's logit over the batch (of all
+    processes) removes that mean. One learned scale then decides how sharp q is.
     """
 
     def __init__(self, config):
@@ -413,6 +413,5 @@ def load_tokenizer(name):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: these tensors do not fit the tokenizer: {reason}") from error
+        raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from error
     return model.requires_grad_(False).eval()

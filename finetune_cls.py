@@ -22,17 +22,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
-from images import batches, sets, sources
-from images.labelled import LabelledViews, mix
-from plumbing import command_line, log, noise, processes, published, schedules
-from plumbing.run import Run
+from images import batches, labelled
+from plumbing import command_line, noise, processes, published, schedules
+from plumbing.run import Run, evaluate_only
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large: the paper's appendix, ImageNet-1K.
     "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path (docs/data.md)"),
-    "image_size": (24, 28, 224, 224, "pixels; if pre-training had others, positions are resized"),
+    "image_size": (24, 28, 224, 224, "pixels; default: --init's. Positions are interpolated"),
     "labels_per_class": (100, 100, 0, 0, "train on a balanced subset drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "base", "large", "size with --init random; checkpoints have theirs"),
+    "model": ("tiny", "tiny", "base", "large", "size for --init random; a checkpoint has its own"),
     "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
     # augmentation
     "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area kept by a crop; 1: no crop"),
@@ -49,7 +48,7 @@ RECIPES = {
     "batch_size": (40, 50, 1024, 1024, "images per step of all processes; scale lr with it"),
     "lr": (1e-3, 1e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
     "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),
-    "layer_decay": (0.75, 0.75, 0.65, 0.75, "lr of a layer over that of the next; 1: all alike"),
+    "layer_decay": (0.75, 0.75, 0.65, 0.75, "lr factor per layer below the head; 1: no decay"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
@@ -57,6 +56,7 @@ RECIPES = {
     "save_every": (1000, 1000, 1000, 1000, "steps between evaluations and checkpoints"),
 }  # fmt: skip
 KIND = "classification"  # of its checkpoints
+SIZE_OF_INIT = command_line.COLUMNS  # recipes that take the image size of --init
 
 
 class BeitForClassification(Beit):
@@ -77,10 +77,7 @@ class BeitForClassification(Beit):
     def forward(self, x, u=None):
         """Logits, before section 2.6's softmax: (B, 3, H, W) -> (B, C). u: see Beit.forward."""
         H = super().forward(x, u=u) if self.layer is None else self.features(x, self.layer)
-        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # avg of h_i^L: (B, D)
-
-
-# -------------------------------------------------------- evaluation
+        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # avg({h_i^L}) W_c, after a LayerNorm
 
 
 @torch.no_grad()
@@ -106,27 +103,22 @@ def evaluate(model, held_out, args, normalise, process):
 def prepare(args):
     """(model, training set, held-out set, normalise, class names) to fine-tune --init."""
     init, normalise = published.load_init(args, "pretraining", KIND)
-    source, held_out = sets.open_splits(args)
-    classes = source.classes
-    train_set = LabelledViews(args, source, len(classes), True, normalise)
-    if args.labels_per_class:
-        train_set.source = sources.balanced_subset(source, args.labels_per_class, args.seed)
+    args.image_size = args.image_size or init["config"]["image_size"]
+    train_set, held_out, classes = labelled.open_sets(args, normalise)
     config = finetuned_config(init, args.model, args.image_size, args.drop_path)
     if args.layer is not None and not 1 <= args.layer <= config.depth:
         raise ValueError(f"--layer {args.layer} is not between 1 and the {config.depth} blocks")
     torch.manual_seed(args.seed)
     model = BeitForClassification(config, len(classes), args.layer)
     if init:  # from a classifier also the norm, and the linear layer if its classes are the same
-        same = init.get("classes") in (classes, None)
-        same = same and len(init["model"].get("head.weight", ())) == len(classes)
+        known = len(init["model"].get("head.weight", ()))
+        same = init.get("classes") in (classes, None) and known == len(classes)
         keep = ("fc_norm.", "head.") if same else ("fc_norm.",)
         load_backbone(model, init["model"], keep if init["kind"] == KIND else ())
     if args.linear_probe:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
-    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
-    sources.check_names(held_out.classes, classes, held_out)
-    return model, train_set, held_out_set, normalise, classes
+    return model, train_set, held_out, normalise, classes
 
 
 def prepare_evaluation(args):
@@ -136,16 +128,7 @@ def prepare_evaluation(args):
     model = BeitForClassification(config, classes, init.get("layer"))
     load_backbone(model, init["model"], ("fc_norm.", "head."))
     args.image_size = model.config.image_size
-    held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
-    # Published weights have no class names; the data's fit if there are as many.
-    known, classes = model.head.out_features, init["classes"] or held_out.classes
-    if len(classes) != known or len(held_out.classes) > known:
-        raise ValueError(
-            f"{args.init} was trained on {known} classes, {args.data} has {len(held_out.classes)}"
-        )
-    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
-    sources.check_names(held_out.classes, classes, held_out)
-    return model, held_out_set, normalise
+    return model, labelled.open_held_out(args, normalise, init["classes"], classes), normalise
 
 
 def main(argv=None):
@@ -155,7 +138,7 @@ def main(argv=None):
     parser.add_argument("--linear-probe", action="store_true", help=frozen)
     layer = "layer that --linear-probe takes features from, 1 to L; default: the last"
     parser.add_argument("--layer", type=int, help=layer)
-    args = command_line.parse_recipe(parser, RECIPES, argv)
+    args = command_line.parse_recipe(parser, RECIPES, argv, SIZE_OF_INIT)
     if args.layer is not None and not args.linear_probe:
         parser.error(f"--layer {args.layer} needs --linear-probe")
     if args.linear_probe:  # stochastic depth off: the frozen backbone is in evaluation mode
@@ -163,20 +146,20 @@ def main(argv=None):
     process = processes.setup(args.device, args.amp)
     if args.eval:
         model, held_out, normalise = prepare_evaluation(args)
-        result = evaluate(model.to(process.device), held_out, args, normalise, process)
-        log.Log(None, process.rank, 0).final(**result)
-        return
-    model, train_set, held_out, normalise, classes = prepare(args)
+    else:
+        model, train_set, held_out, normalise, classes = prepare(args)
     model.to(process.device).recompute = args.recompute
+    measure = functools.partial(evaluate, model, held_out, args, normalise, process)
+    if args.eval:
+        return evaluate_only(args, process, measure)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
     steps, warmup = schedules.duration(args, per_epoch)
     extra = {"normalise": normalise, "classes": classes, "layer": args.layer}
-    run = Run(args, KIND, process, model, optimizer, steps, extra)
+    run = Run(args, KIND, process, model, optimizer, steps, extra, held_out)
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device
-    measure = functools.partial(evaluate, model, held_out, args, normalise, process)
     loader = batches.train_batches(train_set, run)
     for step, (images, labels) in run.steps(loader, measure):
         lr = schedules.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
@@ -184,7 +167,7 @@ def main(argv=None):
         x = batches.standardise(batches.to_float(images, device), normalise)
         targets = F.one_hot(labels.to(device), len(classes)).float()  # (B, C)
         rng = noise.sample_rng(args.seed, step, "mix")
-        x, targets = mix(x, targets, args.mixup, args.cutmix, rng)
+        x, targets = labelled.mix(x, targets, args.mixup, args.cutmix, rng)
         u = noise.depth_noise(model.config, len(x), args.seed, step, process)
         total = 0.0
         for x, targets, u in run.passes(x, targets, u):

@@ -1,7 +1,7 @@
 """Semantic segmentation (section 2.6): BEiT encodes, several deconvolution layers decode.
 
     python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg
-    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2      # intermediate f.-t.
+    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2   # after intermediate one
     python finetune_seg.py --eval --init runs/seg/checkpoint.pt               # evaluate only
     torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --workers 8 \\
         --init runs/beit/checkpoint.pt --out runs/seg                         # one node of GPUs
@@ -19,33 +19,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
-from images import batches, sets, sources
-from images.masked import MaskedImages, colours
-from plumbing import command_line, log, noise, pictures, processes, published, schedules
-from plumbing.run import Run
+from images import batches, masked, sources
+from plumbing import command_line, noise, pictures, processes, published, schedules
+from plumbing.run import Run, evaluate_only
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base: the paper's appendix, for ADE20K.
     "data": ("shapes", "fashion-scenes", None, None, "data set with masks (docs/data.md)"),
     "image_size": (24, 28, 512, 512, "pixels of the crop and of the evaluation's sliding window"),
     "train_images": (800, 200, 0, 0, "train on this many images drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "base", "large", "size with --init random; checkpoints have theirs"),
+    "model": ("tiny", "tiny", "base", "large", "size for --init random; a checkpoint has its own"),
     "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
     "decoder_dim": (64, 64, 256, 256, "channels between the deconvolution layers"),
     # augmentation
     "min_scale": (1.0, 1.0, 0.5, 0.5, "smallest factor to resize a training image by"),
-    "max_scale": (1.0, 1.0, 2.0, 2.0, "largest such factor; the crop follows"),
+    "max_scale": (1.0, 1.0, 2.0, 2.0, "largest resize factor, applied before the crop"),
     "short_side": (0, 0, 512, 512, "resize every image's short side to this first; 0: do not"),
-    "long_side": (0, 0, 2048, 2048, "but its long side to at most this; 0: no limit"),
+    "long_side": (0, 0, 2048, 2048, "limit on the long side after resizing; 0: no limit"),
     "flip": (True, True, True, True, "mirror half of the images"),
     "photometric": (False, False, True, True, "vary brightness, contrast, saturation and hue"),
     # optimisation
     "steps": (100, 300, 160_000, 160_000, "optimisation steps"),
     "warmup_steps": (10, 30, 1500, 1500, "steps of linear warm-up; then linear to 0"),
-    "decay_from_start": (False, False, True, True, "count the decay from step 0, not from there"),
+    "decay_from_start": (False, False, True, True, "start the decay at step 0, not after warm-up"),
     "batch_size": (16, 32, 16, 16, "images per step of all processes; scale lr with it"),
     "lr": (1.6e-2, 8e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
-    "layer_decay": (0.5, 0.5, 0.65, 0.75, "lr of a layer over that of the next; 1: all alike"),
+    "layer_decay": (0.5, 0.5, 0.65, 0.75, "lr factor per layer below the head; 1: no decay"),
     "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
     "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
@@ -53,9 +52,7 @@ RECIPES = {
     "save_every": (1000, 1000, 16_000, 16_000, "steps between evaluations and checkpoints"),
 }  # fmt: skip
 KIND = "segmentation"  # of its checkpoints
-
-
-# -------------------------------------------------------- the decoder
+SIZE_OF_INIT = ("demo", "fashion")  # recipes that take the image size of --init; the paper's is 512
 
 
 def upsample(n_in, n_out):
@@ -77,10 +74,7 @@ class BeitForSegmentation(Beit):
         super().__init__(config)
         stages = int(math.log2(config.patch_size))
         if 2**stages != config.patch_size:
-            raise ValueError(
-                f"patch size {config.patch_size} is not a power of 2: each deconvolution doubles "
-                "the size"
-            )
+            raise ValueError(f"patch size {config.patch_size} is not a power of 2")
         self.classes, self.decoder_dim = classes, decoder_dim
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         widths = [config.dim] + [decoder_dim] * stages
@@ -98,8 +92,8 @@ class BeitForSegmentation(Beit):
 def slide(model, x):
     """Logits for images of at least the crop's size, by a sliding window (appendix).
 
-    (B, 3, H, W) -> (B, C, H, W). Windows of the crop are two thirds of it apart and averaged where
-    they overlap. The last window of a row or column is moved back inside the image.
+    (B, 3, H, W) -> (B, C, H, W). Crop-sized windows have a stride of 2/3 of their size; where they
+    overlap, logits are averaged. The last window of a row or column is moved back inside the image.
     """
     size = model.config.image_size
     H, W = x.shape[-2:]
@@ -124,21 +118,24 @@ def confusion_matrix(truth, guess, classes):
     return torch.bincount(truth * classes + guess, minlength=classes**2).view(classes, classes)
 
 
-def mean_iou(matrix):
-    """(mIoU, pixel accuracy) in percent from one confusion matrix over the whole set.
+def class_iou(matrix):
+    """Intersection over union of each class in percent, (C,), from a confusion matrix (C, C).
 
-    Intersection over union of each class that occurs in truth or prediction, averaged over them.
+    NaN for a class that occurs in neither truth nor prediction.
     """
-    matrix = matrix.double()
-    hit = matrix.diagonal()
-    union = matrix.sum(0) + matrix.sum(1) - hit
-    iou = hit[union > 0] / union[union > 0]
-    return 100 * iou.mean().item(), 100 * (hit.sum() / matrix.sum()).item()
+    hit = matrix.double().diagonal()
+    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+
+
+def mean_iou(matrix):
+    """(mIoU over the classes that occur, pixel accuracy) in percent, from a confusion matrix."""
+    right = matrix.diagonal().sum() / matrix.sum()
+    return class_iou(matrix).nanmean().item(), 100 * right.item()
 
 
 @torch.no_grad()
 def evaluate(model, held_out, args, normalise, process):
-    """miou and pixel_accuracy in percent on held-out images, from one confusion matrix."""
+    """miou, pixel_accuracy and the iou of each class, in percent, from one confusion matrix."""
     model.eval()
     device = process.device
     matrix = torch.zeros(model.classes, model.classes, dtype=torch.int64, device=device)
@@ -149,22 +146,21 @@ def evaluate(model, held_out, args, normalise, process):
         matrix += confusion_matrix(masks.to(device), guess, model.classes)
     miou, pixel_accuracy = mean_iou(processes.all_sum(matrix))
     model.train()
-    return {"miou": miou, "pixel_accuracy": pixel_accuracy}
+    each = zip(held_out.source.mask_classes, class_iou(matrix).tolist())
+    iou = {name: round(value, 2) for name, value in each if not math.isnan(value)}
+    return {"miou": miou, "pixel_accuracy": pixel_accuracy, "iou": iou}
 
 
 @torch.no_grad()
-def draw_pictures(model, held_out, args, normalise, process, out):
+def draw_pictures(model, held_out, normalise, process, out):
     """segmentation.png: image, truth, prediction of twelve held-out images' top left crops."""
-    size = args.image_size
-    keys = [(-1, index) for index in range(min(12, len(held_out)))]
-    samples = [held_out.__getitems__([key]) for key in keys]
-    crops = ([part[..., :size, :size] for part in parts] for parts in zip(*samples))
-    images, masks = (torch.cat(parts) for parts in crops)
+    images, masks = held_out.pictures(12)
     x = batches.to_float(images, process.device)
     model.eval()
     guess = model(batches.standardise(x, normalise)).argmax(1)
-    rows = [x, colours(masks.to(process.device)), colours(guess)]
+    rows = [x, masked.colours(masks.to(process.device)), masked.colours(guess)]
     pictures.picture(out / "segmentation.png", rows)
+    model.train()
 
 
 # -------------------------------------------------------- set-up and the loop
@@ -173,11 +169,8 @@ def draw_pictures(model, held_out, args, normalise, process, out):
 def prepare(args):
     """(model, training set, held-out set, normalise, class names) to fine-tune --init."""
     init, normalise = published.load_init(args, "pretraining", "classification", KIND)
-    source, held_out = sets.open_splits(args)
-    classes = source.mask_classes
-    train_set = MaskedImages(args, source, len(classes), normalise, True)
-    if args.train_images:
-        train_set.source = sources.random_subset(source, args.train_images, args.seed)
+    args.image_size = args.image_size or init["config"]["image_size"]
+    train_set, held_out, classes = masked.open_sets(args, normalise)
     config = finetuned_config(init, args.model, args.image_size, args.drop_path)
     torch.manual_seed(args.seed)
     model = BeitForSegmentation(config, len(classes), args.decoder_dim)
@@ -185,9 +178,7 @@ def prepare(args):
         known = init.get("classes"), init.get("decoder_dim")
         same = init["kind"] == KIND and known == (classes, args.decoder_dim)
         load_backbone(model, init["model"], ("decoder.",) if same else ())
-    held_out_set = MaskedImages(args, held_out, len(classes), normalise, False)
-    sources.check_names(held_out.mask_classes, classes, held_out)
-    return model, train_set, held_out_set, normalise, classes
+    return model, train_set, held_out, normalise, classes
 
 
 def prepare_evaluation(args):
@@ -197,34 +188,32 @@ def prepare_evaluation(args):
     model = BeitForSegmentation(BeitConfig(**init["config"]), len(classes), init["decoder_dim"])
     model.load_state_dict(init["model"])
     args.image_size = model.config.image_size
-    held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
-    held_out_set = MaskedImages(args, held_out, len(classes), normalise, False)
-    sources.check_names(held_out.mask_classes, classes, held_out)
-    return model, held_out_set, normalise
+    return model, masked.open_held_out(args, normalise, classes), normalise
 
 
 def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
     command_line.add_init_flags(parser)
-    args = command_line.parse_recipe(parser, RECIPES, argv)
+    args = command_line.parse_recipe(parser, RECIPES, argv, SIZE_OF_INIT)
     process = processes.setup(args.device, args.amp)
     if args.eval:
         model, held_out, normalise = prepare_evaluation(args)
-        result = evaluate(model.to(process.device), held_out, args, normalise, process)
-        log.Log(None, process.rank, 0).final(**result)
-        return
-    model, train_set, held_out, normalise, classes = prepare(args)
+    else:
+        model, train_set, held_out, normalise, classes = prepare(args)
     model.to(process.device).recompute = args.recompute
+    measure = functools.partial(evaluate, model, held_out, args, normalise, process)
+    draw = functools.partial(draw_pictures, model, held_out, normalise, process)
+    if args.eval:
+        return evaluate_only(args, process, measure, draw)
     batches.steps_per_epoch(len(train_set), args.batch_size)  # refuses too large a batch
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     extra = {"normalise": normalise, "classes": classes, "decoder_dim": model.decoder_dim}
-    run = Run(args, KIND, process, model, optimizer, args.steps, extra)
+    run = Run(args, KIND, process, model, optimizer, args.steps, extra, held_out)
     run.clock.watch(run.model, optimizer)
     scaler, device, from_start = process.scaler, process.device, args.decay_from_start
-    measure = functools.partial(evaluate, model, held_out, args, normalise, process)
     loader = batches.train_batches(train_set, run)
-    for step, (images, masks) in run.steps(loader, measure):
+    for step, (images, masks) in run.steps(loader, measure, draw):
         lr = schedules.warmup_linear(step, args.steps, args.warmup_steps, args.lr, from_start)
         schedules.set_lr(optimizer, lr)
         x = batches.standardise(batches.to_float(images, device), normalise)
@@ -246,7 +235,7 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad()
         run.report(total, lr=lr, gradient_norm=norm)
-    run.finish(measure, functools.partial(draw_pictures, model, held_out, args, normalise, process))
+    run.finish(measure, draw)
 
 
 if __name__ == "__main__":

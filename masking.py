@@ -36,11 +36,11 @@ def blockwise_mask(rng, h, w, count, min_block=16):
     """
     mask = np.zeros((h, w), dtype=bool)
     log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
-    uniform, masked = rng.random, 0
-    tries = 0
+    uniform = rng.random
+    masked = tries = 0
     while masked < count and tries < TRIES:
         tries += 1
-        s = min_block + (count - masked - min_block) * uniform()  # block size; may run downwards
+        s = min_block + (count - masked - min_block) * uniform()  # block size (range may reverse)
         r = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * uniform())
         a, b = round(math.sqrt(s * r)), round(math.sqrt(s / r))
         if a >= h or b >= w:
@@ -57,9 +57,9 @@ def blockwise_mask(rng, h, w, count, min_block=16):
 def printed_mask(rng, h, w, ratio=0.4, min_block=16):
     """Algorithm 1 line by line, with real-valued sides and corners: it may overshoot ratio * N.
 
-    r is uniform, so most blocks are taller than wide. The paper leaves three things open. Near the
-    end Rand(16, 0.4N - |M|) is an empty range, run through downwards here. A side longer than the
-    grid is cut. A block masks the patches whose centres it covers: opposite borders are alike.
+    r is uniform, so most blocks are taller than wide. The paper leaves three cases open. Near the
+    end Rand(16, 0.4N - |M|) is an empty range; we reverse it. A side longer than the grid is cut.
+    A block masks the patches whose centres it covers, so that opposite borders are alike.
     """
     N = h * w
     mask = np.zeros((h, w), dtype=bool)  # M <- {}
@@ -85,9 +85,8 @@ def random_mask(rng, h, w, count):
 def most_masked(kind, grid, ratio, min_block):
     """The largest number of patches that a mask of this kind can have.
 
-    A printed block of area s = ab covers at most (a + 1)(b + 1) centres, and a + b is at most
-    sqrt(s) times `stretch`. At most ratio * N patches are masked before the last block, which has
-    an area of at most min_block or what is left of ratio * N.
+    A printed block of area s = ab covers at most (a + 1)(b + 1) centres, a + b is at most sqrt(s)
+    times `stretch`, and the last block adds to at most ratio * N patches.
     """
     if kind != "printed":
         return target(grid, grid, ratio)
@@ -103,9 +102,7 @@ def make_mask(kind, rng, grid, ratio, min_block):
     """
     count = target(grid, grid, ratio)
     if not 1 <= min_block <= count:
-        raise ValueError(
-            f"smallest block {min_block} is not between 1 and the {count} patches to mask"
-        )
+        raise ValueError(f"smallest block {min_block} is not between 1 and the {count} to mask")
     if kind == "blockwise":
         return blockwise_mask(rng, grid, grid, count, min_block)
     if kind == "printed":

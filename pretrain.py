@@ -1,6 +1,7 @@
 """Stage 2 (sections 2.3 to 2.5): masked image modeling, BEiT's pre-training.
 
     python pretrain.py --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit
+    python pretrain.py --eval --init runs/beit/checkpoint.pt --tokenizer ... --out runs/look
     torchrun --nproc_per_node=8 pretrain.py --recipe base --data IMAGENET --workers 8 \\
         --tokenizer runs/tokenizer/checkpoint.pt --out runs/beit          # one node of GPUs
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 pretrain.py ...
@@ -28,17 +29,19 @@ decoded in the masked places), loss.svg.
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import masking
-from beit import STD, Beit, init_weight, model_config, parameter_groups
+from beit import STD, Beit, BeitConfig, init_weight, load_backbone, model_config, parameter_groups
 from dvae import load_tokenizer
-from images import batches, sets, views
-from plumbing import command_line, noise, pictures, processes, schedules
-from plumbing.run import Run
+from images import batches, patches, sets, views
+from plumbing import advice, command_line, log, noise, pictures, processes, published
+from plumbing import schedules, weights
+from plumbing.run import Run, evaluate_only
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base and large: the paper's appendix, ImageNet-1K.
@@ -50,11 +53,11 @@ RECIPES = {
     "flip": (True, True, True, True, "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, "vary brightness, contrast, saturation by up to this factor"),
     # masking and targets; table 4 has other values
-    "masking": (*("blockwise",) * 4, "blockwise, printed (Algorithm 1 as printed), random, none"),
+    "masking": (*("blockwise",) * 4, "blockwise, printed (Algorithm 1 exactly), random, none"),
     "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "largest share of patches to mask: 75 of 196"),
     "min_block": (4, 4, 16, 16, "smallest block, in patches"),
     "target": (*("tokens",) * 4, "predict tokens z, or the patch's pixels or normalised-pixels"),
-    "recover": (*("masked",) * 4, "positions to predict: masked, or all (100 %)"),
+    "recover": (*("masked",) * 4, "predict tokens at masked positions, or at all"),
     # backbone
     "model": ("tiny", "tiny", "base", "large", "size of the backbone: see MODELS in beit.py"),
     "positions": ("absolute", "absolute", "shared", "shared", "absolute (E_pos), relative, shared"),
@@ -77,7 +80,7 @@ TARGETS, RECOVER = ("tokens", "pixels", "normalised-pixels"), ("masked", "all")
 
 
 class BeitForMaskedImageModeling(Beit):
-    """The backbone with e_[M] and the head W_c, b_c of p_MIM.
+    """The backbone with e_[M], a final LayerNorm (as released) and the head W_c, b_c of p_MIM.
 
     n_out: |V| for logits, or the 3 P² pixel values of a patch.
     """
@@ -90,7 +93,7 @@ class BeitForMaskedImageModeling(Beit):
         nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, x, mask, positions=None, u=None):
-        """Logits W_c h_i^L + b_c: (B, 3, H, W), mask (B, N) -> (n, n_out).
+        """Logits W_c LN(h_i^L) + b_c: (B, 3, H, W), mask (B, N) -> (n, n_out).
 
         positions: indices (image, i), int64 (n,) each; None: the masked ones, row by row.
         u: for stochastic depth, see Beit.forward.
@@ -112,10 +115,8 @@ def recovery_targets(target, x, pixels, tokenizer, patch):
     """
     if target == "tokens":
         return tokenizer.tokens(pixels).flatten(1)
-    patches = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (B, N, 3P²)
-    if target == "normalised-pixels":
-        return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)
-    return patches
+    x_p = patches.to_patches(x, patch)  # (B, N, 3P²)
+    return F.layer_norm(x_p, x_p.shape[-1:], eps=1e-6) if target == "normalised-pixels" else x_p
 
 
 def recovery_loss(prediction, target):
@@ -134,17 +135,14 @@ def positions_to_predict(recover, mask):
     return torch.ones_like(mask) if recover == "all" else mask
 
 
-def fixed_count(predicted, count):
+def fixed_count(to_predict, count):
     """Indices (image, i), int64 (count,) each: the True of bool (B, N) row by row, then others.
 
     Masks differ in size. With the same `count` at every step, which must be large enough for all,
-    torch.compile builds one program, and the allocator reuses the memory of the last step.
+    torch.compile compiles once, and the allocator can reuse memory.
     """
-    order = predicted.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
-    return order // predicted.shape[1], order % predicted.shape[1]
-
-
-# -------------------------------------------------------- two views and a mask
+    order = to_predict.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
+    return order // to_predict.shape[1], order % to_predict.shape[1]
 
 
 class MaskedViews(views.Crops):
@@ -172,9 +170,9 @@ class MaskedViews(views.Crops):
 
 def two_views(batch, device, normalise):
     """A loaded batch -> (x standardised, the tokenizer's view in [0, 1], mask (B, N))."""
-    patches, *token_view, mask = batch
-    (pixels,) = token_view or [patches]  # without a tokenizer there is one view
-    x = batches.standardise(batches.to_float(patches, device), normalise)
+    view, *token_view, mask = batch
+    (pixels,) = token_view or [view]  # without a tokenizer there is one view
+    x = batches.standardise(batches.to_float(view, device), normalise)
     return x, batches.to_float(pixels, device), mask.to(device, non_blocking=True).flatten(1)
 
 
@@ -187,7 +185,8 @@ def evaluate(model, tokenizer, held_out, args, process):
 
     mim_loss: nats per predicted token, the masked ones (--recover all: every one). mim_accuracy:
     share of them whose likeliest prediction is right. commonest_token: the accuracy of always
-    predicting the commonest token. stage1_nats: log p_psi(x|z^); stage2_nats: log p_theta(z^|x~) of
+    predicting the commonest token. token_entropy: the loss of always predicting the tokens' shares,
+    in nats. stage1_nats: log p_psi(x|z^); stage2_nats: log p_theta(z^|x~) of
     the predicted tokens; both per image. For pixels only mim_loss, a mean squared error.
     """
     model.eval()
@@ -197,100 +196,123 @@ def evaluate(model, tokenizer, held_out, args, process):
     sums = torch.zeros(5, **double)  # tokens, loss, images, right, log p
     for batch in batches.eval_batches(held_out, args, process):
         x, pixels, mask = two_views(batch, device, args.normalise)
-        predicted = positions_to_predict(args.recover, mask)
+        to_predict = positions_to_predict(args.recover, mask)
         with process.autocast():
             target = recovery_targets(args.target, x, pixels, tokenizer, model.config.patch_size)
-            prediction = model(x, mask, predicted.nonzero(as_tuple=True))
-        sums[0] += predicted.sum()
-        sums[1] += recovery_loss(prediction, target[predicted]).sum()
+            prediction = model(x, mask, to_predict.nonzero(as_tuple=True))
+        sums[0] += to_predict.sum()
+        sums[1] += recovery_loss(prediction, target[to_predict]).sum()
         sums[2] += len(x)
         if tokenizer:
-            counts += torch.bincount(target[predicted], minlength=len(counts))
-            sums[3] += (prediction.argmax(-1) == target[predicted]).sum()
+            counts += torch.bincount(target[to_predict], minlength=len(counts))
+            sums[3] += (prediction.argmax(-1) == target[to_predict]).sum()
             with process.autocast():  # eq. 3's first term; the second is -loss
                 parameters = tokenizer.decode_parameters(target.unflatten(1, (grid, grid)))
             sums[4] -= tokenizer.negative_log_likelihood(pixels, *parameters).sum()
     model.train()
-    commonest = processes.all_sum(counts).max().item()
+    counts = processes.all_sum(counts)
     tokens, loss, images, right, log_p = processes.all_sum(sums).tolist()
     tokens = max(tokens, 1)
     result = {"mim_loss": loss / tokens}
     if tokenizer:
-        result |= {"mim_accuracy": right / tokens, "commonest_token": commonest / tokens}
+        share = counts / tokens
+        result |= {"mim_accuracy": right / tokens, "commonest_token": share.max().item()}
+        result |= {"token_entropy": -torch.xlogy(share, share).sum().item()}
         result |= {"stage1_nats": log_p / images, "stage2_nats": -loss / images}
     return result
 
 
 def recovered_image(args, prediction, mask, x, pixels, tokenizer, patch):
     """`pixels` with predictions in the masked patches: (B, N, n_out) -> (B, 3, H, W)."""
-    h = w = math.isqrt(mask.shape[1])
     if tokenizer:
-        z = torch.where(mask, prediction.argmax(-1), tokenizer.tokens(pixels).flatten(1))
-        guess = tokenizer.decode(z.unflatten(1, (h, w)))
+        z = tokenizer.tokens(pixels)  # (B, h, w)
+        z = torch.where(mask, prediction.argmax(-1), z.flatten(1)).view_as(z)
+        guess = tokenizer.decode(z)
     else:
-        if args.target == "normalised-pixels":  # the truth lends the patch's mean and deviation
+        if args.target == "normalised-pixels":  # use the true patch's mean and deviation
             truth = recovery_targets("pixels", x, pixels, tokenizer, patch)
             deviation = truth.std(-1, correction=0, keepdim=True)
             prediction = prediction * deviation + truth.mean(-1, keepdim=True)
-        patches = prediction.transpose(1, 2).unflatten(2, (h, w))  # (B, 3P², h, w)
-        guess = batches.unstandardise(F.pixel_shuffle(patches, patch), args.normalise)
-    return torch.where(pixel_mask(mask, pixels), guess, pixels)
-
-
-def pixel_mask(mask, pixels):
-    """A mask of patches, bool (B, N), as a mask of pixels: (B, 1, H, W)."""
-    h = w = math.isqrt(mask.shape[1])
-    mask = mask.view(-1, 1, h, w).float()
-    return F.interpolate(mask, size=pixels.shape[-2:], mode="nearest").bool()
+        guess = batches.unstandardise(patches.to_image(prediction, patch), args.normalise)
+    return torch.where(patches.pixel_mask(mask, pixels), guess, pixels)
 
 
 @torch.no_grad()
 def draw_pictures(model, tokenizer, held_out, args, process, out):
     """predictions.png: original, masked input, predictions in the masked places."""
-    batch = held_out.__getitems__([(-1, index) for index in range(min(12, len(held_out)))])
-    x, pixels, mask = two_views(batch, process.device, args.normalise)
+    x, pixels, mask = two_views(held_out.pictures(12), process.device, args.normalise)
     model.eval()
     every = torch.ones_like(mask)
     prediction = model(x, mask, every.nonzero(as_tuple=True)).unflatten(0, mask.shape)
-    masked = torch.where(pixel_mask(mask, pixels), torch.full_like(pixels, 0.5), pixels)
+    grey = torch.full_like(pixels, 0.5)
+    masked = torch.where(patches.pixel_mask(mask, pixels), grey, pixels)
     shown = every if args.masking == "none" else mask
     patch = model.config.patch_size
     recovered = recovered_image(args, prediction, shown, x, pixels, tokenizer, patch)
     pictures.picture(out / "predictions.png", [pixels, masked, recovered])
+    model.train()
 
 
 # -------------------------------------------------------- set-up and the loop
 
 
-def build(args, tokenizer):
-    """The model of the recipe. Raises ValueError unless there is one token per patch."""
+def build(args, tokenizer, predicts):
+    """The model of the recipe, with the weights of --init if there are any.
+
+    predicts: what its head predicts, a digest of the tokenizer or the name of the pixel target.
+
+    Raises ValueError on unknown names, and unless there is one token per patch.
+    """
     choices = {"target": TARGETS, "recover": RECOVER, "normalise": batches.NORMALISE}
     for name, known in choices.items():
         if getattr(args, name) not in known:
             raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
-    changes = {name: getattr(args, name) for name in ("image_size", "positions", "drop_path")}
-    if args.layer_scale is not None:
-        changes["layer_scale"] = args.layer_scale
-    config = model_config(args.model, **changes)
-    if not tokenizer:
-        return BeitForMaskedImageModeling(config, 3 * config.patch_size**2)
-    factor = tokenizer.config.downsampling
-    if args.token_size != config.grid * factor:
+    init, changes = None, {"image_size": args.image_size, "drop_path": args.drop_path}
+    if args.init:
+        kinds = KIND, "classification", "segmentation"
+        init = published.load_pretrained(args.init, *kinds, normalise=args.normalise)
+        config = replace(BeitConfig(**init["config"]), **changes)
+    else:
+        if args.layer_scale is not None:
+            changes["layer_scale"] = args.layer_scale
+        config = model_config(args.model, positions=args.positions, **changes)
+    n_out = tokenizer.config.vocab_size if tokenizer else 3 * config.patch_size**2
+    factor = tokenizer.config.downsampling if tokenizer else 0
+    if tokenizer and args.token_size != config.grid * factor:
         raise ValueError(
             f"the tokenizer makes {args.token_size / factor:g} tokens along {args.token_size} "
             f"pixels but there are {config.grid} patches: set --token-size {config.grid * factor}"
         )
-    return BeitForMaskedImageModeling(config, tokenizer.config.vocab_size)
+    model = BeitForMaskedImageModeling(config, n_out)
+    if init:
+        keep = kept_parts(args, init, model, predicts)
+        load_backbone(model, init["model"], keep)
+        names = {"mask_token": "e_[M]", "lm_head.": "head"}
+        kept = ", ".join(["backbone", *(names[part] for part in keep)])
+        new = ", ".join(name for part, name in names.items() if part not in keep)
+        log.note(f"--init {args.init}: kept its {kept}{f'; new: {new}' if new else ''}")
+    return model
 
 
-def datasets(args, grid):
-    """(training set, held-out set): bicubic for the patches, Lanczos for the tokenizer."""
+def kept_parts(args, init, model, predicts):
+    """The parts of --init beside its backbone to keep: e_[M], and the head if it predicts the same.
+
+    Published models predict the tokens of DALL-E's tokenizer. Returns prefixes of parameter names.
+    """
+    state, ours = init["model"], "arguments" in init
+    same = init.get("predicts") == predicts if ours else str(args.tokenizer).startswith("dalle:")
+    same = same and "lm_head.weight" in state
+    same = same and state["lm_head.weight"].shape == model.lm_head.weight.shape
+    return ["mask_token"] * ("mask_token" in state) + ["lm_head."] * same
+
+
+def dataset(args, split, grid, train):
+    """A split's two views and masks: bicubic for the patches, Lanczos for the tokenizer."""
     sizes = [(args.image_size, "bicubic")]
     if args.target == "tokens":
         sizes.append((args.token_size, "lanczos"))
-    train, held_out = sets.open_splits(args)
-    train_set = MaskedViews(args, train, sizes, grid, True)
-    return train_set, MaskedViews(args, held_out, sizes, grid, False)
+    source = sets.open_source(args.data, split, args.data_dir)
+    return MaskedViews(args, source, sizes, grid, train)
 
 
 def main(argv=None):
@@ -300,42 +322,49 @@ def main(argv=None):
     layer_scale = "initial value of LayerScale; 0: none; default: that of --model"
     parser.add_argument("--layer-scale", type=float, help=layer_scale)
     parser.add_argument("--recompute", action="store_true", help=command_line.RECOMPUTE)
+    command_line.add_look_flags(parser, "a checkpoint.pt, or published BEiT weights")
     args = command_line.parse_recipe(parser, RECIPES, argv)
     if args.target in TARGETS and (args.tokenizer is None) == (args.target == "tokens"):
         verb = "needs" if args.tokenizer is None else "has no use for"
         parser.error(f"--target {args.target} {verb} --tokenizer")
     process = processes.setup(args.device, args.amp)
     tokenizer = load_tokenizer(args.tokenizer).to(process.device) if args.tokenizer else None
+    predicts = weights.digest(tokenizer.state_dict()) if tokenizer else args.target
     torch.manual_seed(args.seed)
-    model = build(args, tokenizer).to(process.device)
+    model = build(args, tokenizer, predicts).to(process.device)
     model.recompute = args.recompute
-    train_set, held_out = datasets(args, model.config.grid)
+    held_out = dataset(args, args.eval_split, model.config.grid, False)
+    measure = functools.partial(evaluate, model, tokenizer, held_out, args, process)
+    draw = functools.partial(draw_pictures, model, tokenizer, held_out, args, process)
+    if args.eval:
+        return evaluate_only(args, process, measure, draw)
+    train_set = dataset(args, "train", model.config.grid, True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
     steps, warmup = schedules.duration(args, per_epoch)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    run = Run(args, KIND, process, model, optimizer, steps, {"normalise": args.normalise})
-    run.clock.watch(run.model, optimizer, tokenizer.encoder if tokenizer else None)
+    extra = {"normalise": args.normalise, "predicts": predicts}
+    run = Run(args, KIND, process, model, optimizer, steps, extra, held_out)
+    run.clock.watch(run.model, optimizer, tokenizer.encoder.blocks.input if tokenizer else None)
     loss_of = processes.compiled(recovery_loss, process.device) if args.compile else recovery_loss
     scaler, patch = process.scaler, model.config.patch_size
-    measure = functools.partial(evaluate, model, tokenizer, held_out, args, process)
     loader = batches.train_batches(train_set, run)
-    for step, batch in run.steps(loader, measure):
+    for step, batch in run.steps(loader, measure, draw, advice.masked_tokens):
         lr = schedules.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
         schedules.set_lr(optimizer, lr)
         x, pixels, mask = two_views(batch, process.device, args.normalise)
-        predicted = positions_to_predict(args.recover, mask)  # (B, N): i in M
+        to_predict = positions_to_predict(args.recover, mask)  # (B, N): i in M
         u = noise.depth_noise(model.config, len(x), args.seed, step, process)
         # Masks differ in size, so eq. 1's mean is the sum over all masked tokens of the global
         # batch divided by their count, times `world` because DDP averages over processes.
-        count = processes.all_sum(predicted.sum()).clamp_min(1) / process.world
+        count = processes.all_sum(to_predict.sum()).clamp_min(1) / process.world
         total = 0.0
-        for x, pixels, mask, predicted, u in run.passes(x, pixels, mask, predicted, u):
+        for x, pixels, mask, to_predict, u in run.passes(x, pixels, mask, to_predict, u):
             with process.autocast():
-                z = recovery_targets(args.target, x, pixels, tokenizer, patch)  # (B, N)
-                positions = fixed_count(predicted, len(x) * train_set.most_positions)
+                z = recovery_targets(args.target, x, pixels, tokenizer, patch)  # (B, N), or pixels
+                positions = fixed_count(to_predict, len(x) * train_set.most_positions)
                 logits = run.model(x, mask, positions, u)  # (n, |V|): M, and others to ignore
-            loss = (loss_of(logits, z[positions]) * predicted[positions]).sum() / count  # eq. 1
+            loss = (loss_of(logits, z[positions]) * to_predict[positions]).sum() / count  # eq. 1
             scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
@@ -345,7 +374,7 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad()
         run.report(total, lr=lr, gradient_norm=norm)
-    run.finish(measure, functools.partial(draw_pictures, model, tokenizer, held_out, args, process))
+    run.finish(measure, draw)
 
 
 if __name__ == "__main__":

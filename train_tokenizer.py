@@ -1,6 +1,7 @@
 """Stage 1 (section 2.1, eq. 3 left): train the discrete VAE that turns images into visual tokens.
 
     python train_tokenizer.py --out runs/tokenizer                  # drawn shapes, on a CPU
+    python train_tokenizer.py --eval --init runs/tokenizer/checkpoint.pt --out runs/look
     torchrun --nproc_per_node=8 train_tokenizer.py --recipe base --data IMAGENET --workers 8 \\
         --out runs/tokenizer                                        # one node of GPUs
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train_tokenizer.py ...
@@ -17,10 +18,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dvae import DVAEConfig, build
+from dvae import DVAEConfig, build, load_tokenizer
 from images import batches, sets, views
-from plumbing import command_line, noise, pictures, processes, schedules
-from plumbing.run import Run
+from plumbing import advice, command_line, log, noise, pictures, processes, schedules
+from plumbing.run import Run, evaluate_only
 
 RECIPES = {
     # name: (demo, fashion, base, large, help). base: DALL-E's appendix A, for BEiT-large too.
@@ -49,7 +50,7 @@ RECIPES = {
     "min_lr": (1e-4, 1e-4, 1.25e-6, 1.25e-6, "final learning rate"),
     "warmup_steps": (50, 50, 5000, 5000, "steps of linear warm-up"),
     "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, "AdamW weight decay"),
-    "ema": (0.0, 0.0, 0.999, 0.999, "decay of the averaged weights to use later; 0: none"),
+    "ema": (0.0, 0.0, 0.999, 0.999, "decay of the EMA weights, which the tokenizer uses; 0: none"),
     "eval_images": (1000, 5000, 5000, 5000, "largest number of held-out images to evaluate on"),
     "save_every": (1000, 1000, 5000, 5000, "steps between evaluations and checkpoints"),
 }  # fmt: skip
@@ -87,18 +88,17 @@ def evaluate(model, held_out, args, process):
 @torch.no_grad()
 def draw_pictures(model, held_out, out):
     """reconstructions.png: twelve originals over their reconstructions from hard tokens."""
-    keys = [(-1, index) for index in range(min(12, len(held_out)))]
-    x = batches.to_float(held_out.__getitems__(keys)[0], model.pixel_variance.device)
+    x = batches.to_float(held_out.pictures(12)[0], model.pixel_variance.device)
     model.eval()
     pictures.picture(out / "reconstructions.png", [x, model.decode(model.tokens(x))])
+    model.train()
 
 
-def datasets(args):
-    """(training set, held-out set): one view, random crops and flips in training only."""
+def dataset(args, split, train):
+    """One view of a split's images, with random crops and flips in training only."""
+    source = sets.open_source(args.data, split, args.data_dir)
     view = [(args.image_size, "bicubic")]
-    train, held_out = sets.open_splits(args)
-    train_set = views.Crops(train, view, True, args.seed, args.min_crop, args.flip)
-    return train_set, views.Crops(held_out, view, train=False)
+    return views.Crops(source, view, train, args.seed, args.min_crop, args.flip)
 
 
 def revive_codes(model, x, step, args, process):
@@ -109,40 +109,54 @@ def revive_codes(model, x, step, args, process):
 
 
 def build_model(args):
-    """The dVAE of the recipe. Raises ValueError if the image size does not divide into tokens."""
-    config = DVAEConfig(**{name: getattr(args, name) for name in DVAEConfig.__dataclass_fields__})
-    if args.image_size % config.downsampling:
-        raise ValueError(
-            f"image size {args.image_size} is not a multiple of {config.downsampling} (--groups)"
-        )
-    return build(config)
+    """The dVAE of the recipe, or that of --init, whose sizes then replace the recipe's.
+
+    Raises ValueError if the image size does not divide into tokens.
+    """
+    names = DVAEConfig.__dataclass_fields__
+    if args.init:
+        model = load_tokenizer(args.init).requires_grad_(True).train()
+        log.note(f"--init {args.init}: its weights, and its sizes in place of the recipe's")
+        vars(args).update({name: getattr(model.config, name) for name in names})
+    else:
+        model = build(DVAEConfig(**{name: getattr(args, name) for name in names}))
+    factor = model.config.downsampling
+    if args.image_size % factor:
+        raise ValueError(f"image size {args.image_size} is not a multiple of {factor} (--groups)")
+    return model
 
 
 def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
+    command_line.add_look_flags(parser, "a checkpoint.pt of this script, or dalle:FOLDER")
     args = command_line.parse_recipe(parser, RECIPES, argv)
     process = processes.setup(args.device, args.amp)
-    train_set, held_out = datasets(args)
-    batches.steps_per_epoch(len(train_set), args.batch_size)  # refuses too large a batch
     torch.manual_seed(args.seed)
     model = evaluated = build_model(args).to(process.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
+    held_out = dataset(args, args.eval_split, False)
+    if args.eval:
+        measure = functools.partial(evaluate, model, held_out, args, process)
+        draw = functools.partial(draw_pictures, model, held_out)
+        return evaluate_only(args, process, measure, draw)
+    train_set = dataset(args, "train", True)
+    batches.steps_per_epoch(len(train_set), args.batch_size)  # refuses too large a batch
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     if args.ema:
         average_of = get_ema_multi_avg_fn(args.ema)
         average = AveragedModel(model, multi_avg_fn=average_of, use_buffers=True)
         evaluated = average.module
     extra = {"average": evaluated} if args.ema else {}
-    run = Run(args, KIND, process, model, optimizer, args.steps, extra)
+    run = Run(args, KIND, process, model, optimizer, args.steps, extra, held_out)
     if args.ema and run.resumed:
         evaluated.load_state_dict(run.resumed["average"])
         average.n_averaged.fill_(run.first)
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device
     measure = functools.partial(evaluate, evaluated, held_out, args, process)
+    draw = functools.partial(draw_pictures, evaluated, held_out)
     loader = batches.train_batches(train_set, run)
-    for step, (images,) in run.steps(loader, measure):
+    for step, (images,) in run.steps(loader, measure, draw, advice.codebook):
         lr = schedules.warmup_cosine(step, args.steps, args.warmup_steps, args.lr, args.min_lr)
         schedules.set_lr(optimizer, lr)
         tau = schedules.cosine(step, args.tau_steps, 1.0, args.tau)
@@ -167,7 +181,7 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad()
         run.report(total, **terms, tau=tau, beta=beta, lr=lr)
-    run.finish(measure, functools.partial(draw_pictures, evaluated, held_out))
+    run.finish(measure, draw)
 
 
 if __name__ == "__main__":

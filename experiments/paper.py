@@ -48,6 +48,7 @@ RECIPES = {
     "reference_images": (500, 500, "images with reference patches for figure 2"),
     # the rows of table 4 about masking on the paper's own grid; drawn shapes are too small for it
     "grid14_pretrain": (None, GRID14, "flags of pretrain.py, on the scenes"),
+    "grid14_classify": (None, ("--image-size", 28), "flags of finetune_cls.py: garments"),
     "grid14_segment": (None, GRID14_SEGMENT, "flags of finetune_seg.py: whole scenes"),
     "grid14_seg_lr": (None, (4e-3, 8e-3), "learning rates of segmenters there"),
     "grid14_seeds": (None, 2, "pre-training runs of each row"),
@@ -330,7 +331,7 @@ TWICE = ("BEiT", "- visual tokens")  # rows with several pre-training seeds
 MASKING = ("BEiT", "- blockwise masking", "+ recover 100 %", "- masking + recover 100 %")
 
 
-def downstream(runner, records, seg_lrs, seg_flags=(), prefix=""):
+def downstream(runner, records, seg_lrs, cls_flags=(), seg_flags=(), prefix=""):
     """Classify and segment from pre-trained models, at the learning rates chosen for BEiT.
 
     records: {(row, pre-training seed): record}. prefix: of the stages' names. Returns what
@@ -340,7 +341,8 @@ def downstream(runner, records, seg_lrs, seg_flags=(), prefix=""):
     for (row, _), record in records.items():
         inits[row].append(record["checkpoint"])
     beit, other = inits.pop("BEiT"), list(inits.items())
-    starts = {"BEiT": Start(beit, s["cls_lr"])} | {row: Start(i, "BEiT") for row, i in other}
+    starts = {"BEiT": Start(beit, s["cls_lr"], cls_flags)}
+    starts |= {row: Start(init, "BEiT", cls_flags) for row, init in other}
     cls = classify(runner, s["labels"][0], starts, prefix)
     starts = {"BEiT": Start(beit, seg_lrs, seg_flags)}
     starts |= {row: Start(init, "BEiT", seg_flags) for row, init in other}
@@ -401,7 +403,8 @@ def grid14(runner):
                 runner, name, tokenizer, *flags, seed=seed, images="scenes"
             )
     records = runner.stages(calls)
-    cls, seg = downstream(runner, records, s["grid14_seg_lr"], s["grid14_segment"], "14x14-")
+    flags = s["grid14_classify"], s["grid14_segment"]
+    cls, seg = downstream(runner, records, s["grid14_seg_lr"], *flags, prefix="14x14-")
     rows = []
     for row in MASKING:
         accuracy = masked_accuracy(row, records[row, 0])

@@ -179,7 +179,8 @@ class Progress:
     def report(self, stage, record):
         """Print the line of a stage that has ended with these numbers."""
         with self.lock:
-            numbers = "  ".join(f"{key} {value:.4g}" for key, value in record.items())
+            single = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            numbers = "  ".join(f"{key} {value:.4g}" for key, value in single.items())
             line = f"{self.head()}  {stage.name}  {stage.seconds:.0f} s  {numbers}"
             print(f"\r\033[K{line}" if self.terminal else line, flush=True)
 

@@ -4,6 +4,8 @@ sets         what --data names: a named set, an array file or a folder
 named        Fashion-MNIST, scenes made of it, and CIFAR-10
 shapes       the synthetic images of the demo, drawn here
 downloads    fetch a published file once, check it and keep it in a cache
+folders      folders of image files: their splits, classes and masks
+photos       one image file: header, pixels, and large JPEGs at a reduced scale
 sources      the two kinds of data set: arrays in memory and image files; subsets of either
 views        random crop and flip, resized to one or more views (section 2.5)
 augment      colour jitter, RandAugment and random erasing

@@ -1,10 +1,12 @@
 """Batches: which samples each process gets at each step, and the ranges of their pixels."""
 
+import os
 import signal
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
+from images import sources
 from plumbing import signals
 
 NORMALISE = {  # mean and std of R, G, B
@@ -60,18 +62,25 @@ def train_batches(dataset, run):
     sampler = StepBatches(
         len(dataset), run.batch_size, process.rank, process.world, args.seed, run.first, run.total
     )
-    return loader(dataset, sampler, args.workers, pin_memory=process.device.type == "cuda")
+    pin_memory = process.device.type == "cuda"
+    return loader(dataset, sampler, args.workers, pin_memory)
+
+
+def spread(total, limit):
+    """min(total, limit) indices below `total`, increasing and spread evenly."""
+    return range(total) if limit >= total else [i * total // limit for i in range(limit)]
 
 
 def eval_batches(dataset, args, process):
-    """Yield this process's share of the first --eval-images samples, each once and in order.
+    """Yield this process's share of --eval-images samples, each once and in order.
 
-    Batches are as large as an accumulation pass, or one image each if images differ in size. The
-    epoch in their keys is -1. Raises Stopped if a signal came; with several processes, which wait
-    for each other's sums, evaluation finishes first.
+    The samples are spread evenly over the set, because its first may all be of one class. Batches
+    are as large as an accumulation pass, or one image each if images differ in size. The epoch in
+    their keys is -1. Raises Stopped if a signal came; with several processes, which wait for each
+    other's sums, evaluation finishes first.
     """
     batch = max(1, args.batch_size // process.world // args.accumulate) if dataset.one_size else 1
-    indices = range(process.rank, min(len(dataset), args.eval_images), process.world)
+    indices = spread(len(dataset), args.eval_images)[process.rank :: process.world]
     keys = [(-1, index) for index in indices]
     parts = [keys[start : start + batch] for start in range(0, len(keys), batch)]
     for loaded in loader(dataset, parts, args.workers):
@@ -81,7 +90,13 @@ def eval_batches(dataset, args, process):
 
 
 def loader(dataset, keys, workers, pin_memory=False):
-    """A DataLoader for a dataset whose __getitems__ makes a whole batch from a list of keys."""
+    """A DataLoader for a dataset whose __getitems__ makes a whole batch from a list of keys.
+
+    workers: number of loader processes; None: this process's share of the cores if `dataset.source`
+    decodes image files, otherwise none. The batches do not depend on it.
+    """
+    if workers is None:
+        workers = share_of_cores() if isinstance(dataset.source, sources.Files) else 0
     return DataLoader(
         dataset,
         batch_sampler=keys,
@@ -90,6 +105,13 @@ def loader(dataset, keys, workers, pin_memory=False):
         worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )
+
+
+def share_of_cores():
+    """CPU cores for each of torchrun's processes on this machine, at least 1."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on Windows and macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def keep_batch(batch):

@@ -4,32 +4,100 @@
     python -m images.convert SOURCE DESTINATION --size 64         # a folder of .npy, memory-mapped
 
 Each image becomes its largest centred square, resized. The result is a --data of every script.
+Image files are decoded on all cores.
 """
 
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import Dataset
 
-from images import sets, sources, views
+from images import batches, photos, sets, sources, views
 from plumbing import command_line
 
+CHUNK = 16  # images that a process converts at a time
 
-def convert_split(source, size, split, folder):
-    """Write one split as .npy files: images, and labels and masks if the source has them."""
-    shape, new_array = (len(source), size, size), np.lib.format.open_memmap
-    images = new_array(folder / f"{split}_images.npy", "w+", np.uint8, (*shape, 3))
-    for index in range(len(source)):
-        square = views.centre_square(source.read([index]), size)[0]
-        images[index] = square.permute(1, 2, 0).numpy()
+
+class Squares(Dataset):
+    """A list of indices writes these images' centred squares, and masks, and gives their number.
+
+    files: paths of the .npy files to write into, {"images": (n, size, size, 3)}, and "masks" if the
+    source has them. Loader processes write themselves, because sending pixels takes time.
+    """
+
+    def __init__(self, source, size, files):
+        self.source, self.size, self.files = source, size, files
+
+    def __getitems__(self, indices):
+        arrays = {name: np.load(path, mmap_mode="r+") for name, path in self.files.items()}
+        for index in indices:
+            square = self.square([index])[0]
+            arrays["images"][index] = square.permute(1, 2, 0).numpy()
+            if "masks" in arrays:
+                mask = self.source.read_masks([index])[0]
+                arrays["masks"][index] = views.centre_square_mask(mask, self.size)
+        return len(indices)
+
+    def square(self, index):
+        """The square of the image at the one index: uint8 (1, 3, size, size)."""
+        if isinstance(self.source, sources.Arrays):
+            return views.centre_square(self.source.read(index), self.size)
+        photo = self.source.open(index)
+        scale = photo.scale(min(photo.size) / self.size)
+        pixels = photo.pixels(scale)
+        if scale == 1:
+            return views.centre_square(pixels, self.size)
+        side = min(photo.size)
+        part = [pixels / scale for pixels in views.square_box(*photo.size, side)]
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return photos.resize_part(images, part, (self.size, self.size), "bicubic")
+
+
+class Progress:
+    """Prints how far a split is: an updating line on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, split, total):
+        self.split, self.total = split, total
+        self.terminal = sys.stdout.isatty()
+        self.before = "\r\033[K" if self.terminal else ""  # erases the line
+        self.start = self.last = time.time()
+
+    def show(self, done):
+        """Report `done` images, at most every 5 seconds, or 5 times a second on a terminal."""
+        now = time.time()
+        if done == self.total:
+            print(f"{self.before}{self.split}: {done} images", flush=True)
+        elif now - self.last >= (0.2 if self.terminal else 5):
+            self.last, rate = now, done / (now - self.start)
+            left = (self.total - done) / rate
+            line = f"{self.split}: {done}/{self.total}  {rate:.0f} images/s  {left:.0f}s left"
+            print(f"{self.before}{line}", end="" if self.terminal else "\n", flush=True)
+
+
+def convert_split(source, size, split, folder, workers=None):
+    """Write one split as .npy files: images, and labels and masks if the source has them.
+
+    workers: see batches.loader; the files do not depend on it.
+    """
+    shapes = {"images": (len(source), size, size, 3)}
     if source.masks is not None:
-        masks = new_array(folder / f"{split}_masks.npy", "w+", np.uint8, shape)
-        for index in range(len(source)):
-            masks[index] = views.centre_square_mask(source.read_masks([index])[0], size)
+        shapes["masks"] = len(source), size, size
+    files = {name: folder / f"{split}_{name}.npy" for name in shapes}
+    for name, shape in shapes.items():
+        np.lib.format.open_memmap(files[name], "w+", np.uint8, shape)
+    starts = range(0, len(source), CHUNK)
+    chunks = [range(start, min(start + CHUNK, len(source))) for start in starts]
+    progress, done = Progress(split, len(source)), 0
+    for count in batches.loader(Squares(source, size, files), chunks, workers):
+        done += count
+        progress.show(done)
     if source.labels is not None:
         np.save(folder / f"{split}_labels.npy", source.labels)
-    print(f"{split}: {len(source)} images")
 
 
 def main(argv=None):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from images import augment, views
+from images import augment, sets, sources, views
 from plumbing import noise
 
 
@@ -14,12 +14,17 @@ class LabelledViews(views.Crops):
     Training: random crop and flip, then RandAugment and random erasing. Evaluation: the centred
     square, of a share of the short side below 384 pixels. args: the flags of finetune_cls.
     normalise: a key of batches.NORMALISE, whose mean fills what RandAugment's warps leave empty.
-    Raises ValueError if the source has no labels or a label is not below `classes`.
+    Raises ValueError if the source has no labels or one class, or a label is not below `classes`.
     """
 
     def __init__(self, args, source, classes, train, normalise="half"):
         if source.labels is None:
             raise ValueError(f"{source.name}: it has no class labels")
+        if classes < 2:
+            raise ValueError(
+                f"{source.name}: its images are of one class ({', '.join(source.classes)}): a "
+                "classifier needs two"
+            )
         largest = source.labels.max()
         if largest >= classes:
             raise ValueError(
@@ -77,3 +82,32 @@ def mix(x, targets, mixup, cutmix, rng):
         share = rng.betavariate(mixup, mixup)
         x = share * x + (1 - share) * x[neighbour]
     return x, share * targets + (1 - share) * targets[neighbour]
+
+
+def open_sets(args, normalise):
+    """(training set, held-out set, class names) of --data, for the flags of finetune_cls."""
+    source, held_out = sets.open_splits(args)
+    classes = source.classes
+    train_set = LabelledViews(args, source, len(classes), True, normalise)
+    if args.labels_per_class:
+        train_set.source = sources.balanced_subset(source, args.labels_per_class, args.seed)
+    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
+    sources.check_names(held_out.classes, classes, held_out)
+    return train_set, held_out_set, classes
+
+
+def open_held_out(args, normalise, names, count):
+    """The held-out set of --data for a classifier of `count` classes.
+
+    names: of its classes; None, as in published weights: as many as the data has fit. Raises
+    ValueError if the data has other classes.
+    """
+    held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
+    names = names or held_out.classes
+    if len(names) != count or len(held_out.classes) > count:
+        raise ValueError(
+            f"{args.init} was trained on {count} classes, {args.data} has {len(held_out.classes)}"
+        )
+    held_out_set = LabelledViews(args, held_out, count, False, normalise)
+    sources.check_names(held_out.classes, names, held_out)
+    return held_out_set

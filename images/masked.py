@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from images import augment, sources, views
+from images import augment, batches, sets, sources, views
 from plumbing import noise
 
 
@@ -78,6 +78,17 @@ class MaskedImages(views.Samples):
         self.check_masks(masks)
         return [images.round().clamp(0, 255).byte(), masks]
 
+    def pictures(self, count):
+        """Top left crops (B, 3, S, S) and (B, S, S) of `count` samples spread evenly over the set.
+
+        Images may differ in size.
+        """
+        size = self.args.image_size
+        keys = [(-1, index) for index in batches.spread(len(self), count)]
+        samples = [self.__getitems__([key]) for key in keys]
+        crops = ([part[..., :size, :size] for part in parts] for parts in zip(*samples))
+        return [torch.cat(parts) for parts in crops]
+
 
 def new_size(height, width, ratio, short_side, long_side):
     """Height and width to resize an image to, as mmseg's Resize with keep_ratio.
@@ -146,3 +157,21 @@ def colours(masks):
     rgb = 0.55 + 0.45 * torch.cos(hue + phases)
     rgb = torch.where(masks[:, None] == sources.IGNORE, 1.0, rgb)
     return torch.where(masks[:, None] == 0, 0.0, rgb)
+
+
+def open_sets(args, normalise):
+    """(training set, held-out set, class names) of --data, for the flags of finetune_seg."""
+    source = sets.open_source(args.data, "train", args.data_dir)
+    train_set = MaskedImages(args, source, len(source.mask_classes), normalise, True)
+    if args.train_images:
+        train_set.source = sources.random_subset(source, args.train_images, args.seed)
+    held_out = open_held_out(args, normalise, source.mask_classes)
+    return train_set, held_out, source.mask_classes
+
+
+def open_held_out(args, normalise, classes):
+    """The held-out set of --data. Raises ValueError if its classes are not `classes`."""
+    held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
+    held_out_set = MaskedImages(args, held_out, len(classes), normalise, False)
+    sources.check_names(held_out.mask_classes, classes, held_out)
+    return held_out_set

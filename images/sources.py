@@ -5,9 +5,10 @@ Both have a name, a length, `labels` and `masks` (None if the set has none), the
 """
 
 import copy
-import warnings
 
 import numpy as np
+
+from images import photos
 
 IGNORE = 255  # mask value of pixels that count in neither the loss nor mIoU
 SPLITS = ("train", "val", "test")
@@ -86,63 +87,49 @@ class Files:
     """Image files of any size, decoded one at a time when they are read.
 
     paths: the images; labels: n integers or None; masks: paths of the annotations or None.
+    first_class: mask value of class 0; a value below it is ignored. depth: see photos.Photo.
     """
 
-    def __init__(self, name, paths, labels=None, masks=None, classes=(), mask_classes=()):
+    def __init__(
+        self,
+        name,
+        paths,
+        labels=None,
+        masks=None,
+        classes=(),
+        mask_classes=(),
+        first_class=0,
+        depth=photos.FULL_DEPTH,
+    ):
         self.name, self.paths, self.masks = name, paths, masks
         self.labels = None if labels is None else np.asarray(labels, np.int64)
         self.classes, self.mask_classes = list(classes), list(mask_classes)
+        self.first_class, self.depth = first_class, depth
 
     def __len__(self):
         return len(self.paths)
 
+    def open(self, indices):
+        """The photos.Photo at the one index. Raises ValueError naming a file without a header."""
+        (index,) = indices
+        return photos.Photo(self.paths[index], self.depth)
+
     def read(self, indices):
         """The image at the one index as uint8 (1, H, W, 3).
 
-        Palettes, CMYK and so on become RGB; 16-bit grey keeps its upper byte. Raises ValueError
-        naming a file that cannot be decoded.
+        Raises ValueError naming a file that cannot be decoded.
         """
-        (index,) = indices
-        image = decode(self.paths[index])
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
-            grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[None, ..., None], 3, axis=3)
-        return np.array(image.convert("RGB"))[None]
+        return self.open(indices).pixels()
 
     def read_labels(self, indices):
         """int64 labels (1,)."""
         return self.labels[indices]
 
     def read_masks(self, indices):
-        """The mask at the one index as uint8 (1, H, W).
-
-        ADE20K's annotation value 0, "other", becomes IGNORE; its classes 1 to 150 become 0 to 149.
-        """
+        """The mask at the one index as uint8 (1, H, W): class numbers from 0, or IGNORE."""
         (index,) = indices
-        return np.asarray(decode(self.masks[index]))[None] - np.uint8(1)  # 0 wraps round to 255
-
-
-def decode(path):
-    """Open and decode one image file with Pillow; of an animation, the first frame.
-
-    Raises ValueError naming the file if it is no readable image, or if Pillow is not installed.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ValueError(
-            f"reading {path} needs the optional package Pillow: pip install pillow, or use arrays "
-            "(see python -m images.convert --help)"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            # A file of a few bytes can claim a hundred million pixels.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-        return image
-    except Exception as error:  # OSError, SyntaxError, ValueError, Pillow's own bomb error, ...
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+        # ADE20K's 0, "other", wraps round to 255, and its classes 1 to 150 become 0 to 149.
+        return photos.read_mask(self.masks[index])[None] - np.uint8(self.first_class)
 
 
 def check_names(held_out, trained, source):

@@ -4,6 +4,7 @@ In pre-training the patches and the tokenizer see the same crop at two sizes (22
 the paper), so position i of both grids shows the same part of the image.
 """
 
+import functools
 import math
 import sys
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from images import augment, sources
+from images import augment, batches, photos, sources
 from plumbing import noise
 
 
@@ -36,16 +37,23 @@ def random_box(rng, height, width, min_area):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def centre_view(images, size, kernel, share=1.0):
+def centre_view(images, size, kernel, share=1.0, reduced=None):
     """The evaluation view, as torchvision makes it: uint8 (B, 3, H, W) -> (B, 3, size, size).
 
     The short side is resized to size / share pixels, then the centred square is cut out; nothing
-    is squashed. share: 224/256 in the paper's recipe below 384 pixels.
+    is squashed. share: 224/256 in the paper's recipe below 384 pixels. reduced: (height, width) of
+    the whole image and by how much `images` are reduced, see photos.Photo.
     """
     height, width = images.shape[-2:]
+    scale = 1
+    if reduced:
+        height, width, scale = reduced
     short = int(size / share)
     h, w = (int(short * side / min(height, width)) for side in (height, width))
-    if (h, w) != (height, width):
+    if scale > 1:
+        box = 0, 0, height / scale, width / scale
+        images = photos.resize_part(images, box, (h, w), kernel)
+    elif (h, w) != (height, width):
         images = F.interpolate(images, (h, w), mode=kernel, antialias=True)
     top, left = round((h - size) / 2), round((w - size) / 2)
     return images[..., top : top + size, left : left + size]
@@ -90,6 +98,10 @@ class Samples(Dataset):
         """{"skipped": number of unreadable files so far} for the log; empty if there were none."""
         skipped = int(self.skipped)
         return {"skipped": skipped} if skipped else {}
+
+    def pictures(self, count):
+        """The batch of `count` samples spread evenly over the set, to draw pictures of."""
+        return self.__getitems__([(-1, index) for index in batches.spread(len(self), count)])
 
     def read(self, indices, *readers):
         """[reader(indices) for each reader]; in training, unreadable files are replaced."""
@@ -141,27 +153,61 @@ class Crops(Samples):
 
     def crop(self, keys):
         """The views, and labels if wanted, of samples whose images have one size."""
-        readers = [self.source.read] + [self.source.read_labels] * self.labels
-        images, *labels = self.read([index for _, index in keys], *readers)
+        readers = [functools.partial(self.make_views, keys)]
+        readers += [self.source.read_labels] * self.labels
+        made, *labels = self.read([index for _, index in keys], *readers)
+        return [*made, *map(torch.from_numpy, labels)]
+
+    def make_views(self, keys, indices):
+        """The views of the images at `indices`, with the random choices of `keys`."""
+        reduced = None
+        if isinstance(self.source, sources.Arrays):
+            images = self.source.read(indices)
+        else:
+            photo = self.source.open(indices)
+            scale = photo.scale(self.spare(keys[0], *photo.size))
+            images = photo.pixels(scale)
+            reduced = (*photo.size, scale) if scale > 1 else None
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        make_views = self.random_views if self.train else self.centre_views
-        return [*make_views(images, keys), *map(torch.from_numpy, labels)]
+        views_of = self.random_views if self.train else self.centre_views
+        return views_of(images, keys, reduced)
 
-    def centre_views(self, images, keys):
+    def spare(self, key, height, width):
+        """By how much an image may be reduced and still have a pixel for each of the views'."""
+        largest = max(size for size, _ in self.views)
+        if not self.train:
+            return min(height, width) / int(largest / self.centre)
+        (_, _, *sides), _, _ = self.draw(key, height, width)
+        return min(sides) / largest
+
+    def centre_views(self, images, keys, reduced=None):
         """The views for evaluation, where nothing is random."""
-        return [centre_view(images, size, kernel, self.centre) for size, kernel in self.views]
+        return [
+            centre_view(images, size, kernel, self.centre, reduced) for size, kernel in self.views
+        ]
 
-    def random_views(self, images, keys):
-        """The views for training: flip and colour jitter, then one crop resized to each size."""
-        height, width = images.shape[-2:]
+    def random_views(self, images, keys, reduced=None):
+        """The views for training: flip and colour jitter, then one crop resized to each size.
+
+        reduced: see centre_view. Crops are drawn in the whole image, however it was decoded.
+        """
+        height, width, scale = reduced or (*images.shape[-2:], 1)
         boxes, flips, factors = zip(*(self.draw(key, height, width) for key in keys))
         if any(flips):
             images = torch.where(torch.tensor(flips)[:, None, None, None], images.flip(3), images)
         if self.jitter:
             jittered = augment.colour_jitter(images / 255, torch.tensor(factors))
             images = (jittered * 255).round().byte()
+        if scale > 1:  # files come one at a time
+            top, left, *sides = (pixels / scale for pixels in boxes[0])
+            if flips[0]:  # the last column, which may be a part of a pixel, is now the first
+                left += images.shape[3] - width / scale
+            part = top, left, *sides
         views = []
         for size, kernel in self.views:
+            if scale > 1:
+                views.append(photos.resize_part(images, part, (size, size), kernel))
+                continue
             unchanged = (height, width) == (size, size) and set(boxes) == {(0, 0, size, size)}
             views.append(images if unchanged else crop_resize(images, boxes, size, kernel))
         return views

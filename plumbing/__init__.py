@@ -1,4 +1,4 @@
-"""What a run needs beside the paper. Nothing in here knows a component or a script.
+"""What a run needs beside the paper. Nothing in here imports a component or a script.
 
 command_line  flags from recipe tables; errors in one line with exit status 2
 processes     torchrun, mixed precision, DistributedDataParallel, sums over processes
@@ -11,5 +11,6 @@ weights       files of weights, read without running code in them
 published     weights under the names that others publish them under
 log           metrics.jsonl and progress on the terminal
 pictures      PNG and SVG
+advice        what an evaluation's numbers say about a run that goes wrong
 clock         --benchmark: where the time of a step goes
 """

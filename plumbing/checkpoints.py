@@ -23,7 +23,8 @@ CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before i
 # Files that a run which ended before its first step may leave in its output folder.
 LEFT_BY_A_FALSE_START = {"lock", "checkpoint.tmp", "checkpoint.pt"}
 
-# Settings that may differ when a run is resumed: they change nothing in the result but rounding.
+# Settings that may differ when a run is resumed. Only two change more than rounding: `accumulate`
+# the batch statistics of standardised logits, `device` the noise.
 FREE_TO_CHANGE = {
     "resume",
     "out",
@@ -94,7 +95,7 @@ def claim_output(args):
 
 
 def is_false_start(out, found):
-    """Did a run end in this folder before its first step, so that nothing is lost by a new one?"""
+    """True if a run ended here before its first step, so that overwriting it loses nothing."""
     if found - LEFT_BY_A_FALSE_START:
         return False
     if CHECKPOINTS[0] not in found:
@@ -227,6 +228,16 @@ def resume(out, kind, args, model, optimizer, scaler):
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state
+
+
+def arguments(out):
+    """The command line, {flag: value}, of the run in the folder OUT; None without a checkpoint."""
+    for name in CHECKPOINTS:
+        try:
+            return weights.read(Path(out) / name)["arguments"]
+        except (ValueError, KeyError, TypeError):  # absent, damaged or foreign: resume() says so
+            continue
+    return None
 
 
 # -------------------------------------------------------- loading

@@ -69,7 +69,7 @@ class Clock:
         self.flop = 0
 
     def watch(self, model, optimizer, encoder=None):
-        """Hook into what the loop calls: a part begins where one of them is entered.
+        """Register hooks: a timed part starts when the model, tokenizer or optimiser is called.
 
         encoder: the tokenizer's. Data is all the rest: loader, crops, masks, noise.
         """
@@ -145,11 +145,13 @@ class Clock:
         print(f"peak memory {memory:.2f} GiB in each process")
 
     def machine(self):
-        """Threads or GPU, and precision: '2 threads, bfloat16'."""
+        """Device and precision: 'CPU with 2 threads, bfloat16'."""
         kind = self.process.device.type
         with self.process.autocast():
             on = torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if on else torch.float32
         cpu = kind == "cpu"
-        where = f"{torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name()
+        count = torch.get_num_threads()
+        threads = f"CPU with {count} thread{'s' if count > 1 else ''}"
+        where = threads if cpu else torch.cuda.get_device_name()
         return f"{where}, {str(dtype).removeprefix('torch.')}"

@@ -7,14 +7,20 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from plumbing import signals
+from plumbing import checkpoints, signals
 
 COLUMNS = ("demo", "fashion", "base", "large")
 RECOMPUTE = (
     "save memory: keep only the input of each block and compute the block again in the backward "
     "pass, which takes about a quarter more time"
+)
+
+OUT_OF_MEMORY = (
+    "raise --accumulate (the same result in more, smaller passes), add --recompute (not for the "
+    "tokenizer), or lower --batch-size"
 )
 
 
@@ -63,6 +69,14 @@ def add_init_flags(parser):
     add("--recompute", action="store_true", help=RECOMPUTE)
 
 
+def add_look_flags(parser, kinds):
+    """The flags of the two other scripts to start from weights, or to look at them. kinds: help."""
+    add = parser.add_argument
+    add("--init", help=f"start from these weights: {kinds}")
+    add("--eval", action="store_true",
+        help="evaluate --init on --eval-split, draw pictures into --out, and stop")  # fmt: skip
+
+
 def add_run_flags(group):
     """The flags that every training script has beside its recipe."""
     add = group.add_argument
@@ -78,13 +92,18 @@ def add_run_flags(group):
         help="autocast precision; auto is bf16 where the hardware has it, else off")  # fmt: skip
     add("--accumulate", type=int, default=1,
         help="split each process's batch into this many passes, to save memory")  # fmt: skip
-    add("--workers", type=int, default=0,
-        help="loader processes; use several to decode image files")  # fmt: skip
+    add("--workers", type=workers, default="auto",
+        help="loader processes; auto: one per core for image files, none for arrays")  # fmt: skip
     add("--compile", action="store_true",
         help="torch.compile the model: slow start, faster steps")  # fmt: skip
     add("--benchmark", type=int, metavar="STEPS",
         help="time this many steps, print where the time goes, stop; writes nothing")  # fmt: skip
     add("--log-every", type=int, default=20, help="steps between lines of the log")
+
+
+def workers(text):
+    """--workers: a number, or None for auto."""
+    return None if text == "auto" else int(text)
 
 
 # Ranges of recipe numbers, beyond being finite and not negative.
@@ -112,8 +131,13 @@ def check_number(parser, name, value):
             parser.error(f"--{name.replace('_', '-')} {value} must be {what}")
 
 
-def parse_recipe(parser, recipes, argv=None):
-    """Parse the command line and fill in the recipe's column. Exits with status 2 on bad input."""
+def parse_recipe(parser, recipes, argv=None, size_of_init=()):
+    """Parse the command line and fill in the recipe's column. Exits with status 2 on bad input.
+
+    With --resume, flags that are not given are those of the run in --out. size_of_init: recipes
+    whose image size is that of --init's checkpoint unless it is given; image_size is then None.
+    """
+    remember_flags(parser, argv)
     args = parser.parse_args(argv)
     if args.recipe not in COLUMNS:
         parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
@@ -122,8 +146,12 @@ def parse_recipe(parser, recipes, argv=None):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.image_size is None:
+        check_size(parser, args)
     for name, row in recipes.items():
         if getattr(args, name) is None:
+            if name == "image_size" and args.recipe in size_of_init and args.init != "random":
+                continue
             setattr(args, name, row[COLUMNS.index(args.recipe)])
         value = getattr(args, name)
         if value is None:
@@ -139,9 +167,38 @@ def parse_recipe(parser, recipes, argv=None):
     return args
 
 
+def remember_flags(parser, argv):
+    """--resume --out OUT: take the flags that are not given from OUT's checkpoint."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--resume", action="store_true")
+    known.add_argument("--out")
+    try:
+        given, _ = known.parse_known_args(argv)
+    except argparse.ArgumentError:  # the parser itself will say what is wrong
+        return
+    saved = checkpoints.arguments(given.out) if given.resume and given.out else None
+    if saved is not None:
+        flags = {action.dest for action in parser._actions}
+        parser.set_defaults(**{name: saved[name] for name in flags & saved.keys()})
+        for action in parser._actions:
+            action.required = False
+
+
+def check_size(parser, args):
+    """Exit with status 2 if a small recipe's size would be taken for somebody's photographs."""
+    folder = Path(args.data) if args.data else None
+    small = args.recipe in ("demo", "fashion") and getattr(args, "init", None) in (None, "random")
+    if small and folder and folder.is_dir() and not any(folder.glob("*.npy")):
+        more = " and --token-size" if hasattr(args, "token_size") else ""
+        parser.error(
+            f"--recipe {args.recipe} is made for small drawings: with your own pictures in "
+            f"{folder} give --image-size{more}, such as 64"
+        )
+
+
 def check_mode(parser, args, evaluate_only):
     """Exit with status 2 if --out or --init does not suit what is asked for."""
-    if evaluate_only and args.init == "random":
+    if evaluate_only and args.init in (None, "random"):
         parser.error("--eval needs --init CHECKPOINT: nothing to evaluate in random weights")
     if args.out is None and not evaluate_only and args.benchmark is None:
         parser.error("--out is needed: a new folder for checkpoints, log and pictures")
@@ -153,7 +210,7 @@ def check_mode(parser, args, evaluate_only):
 
 @contextlib.contextmanager
 def one_line_errors(stoppable=False):
-    """Report bad input (ValueError, OSError) in one line with exit status 2.
+    """Report bad input (ValueError, OSError) or a full GPU in one line with exit status 2.
 
     stoppable: catch SIGTERM and SIGINT; a run that raises signals.Stopped ends with status 75.
     `python -X dev SCRIPT` shows where an error was raised. An error from a loader process carries
@@ -167,10 +224,12 @@ def one_line_errors(stoppable=False):
     except signals.Stopped as stopped:
         print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
         status = signals.STOPPED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
         line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
+        if isinstance(error, torch.OutOfMemoryError):  # its first two sentences: what, how much
+            line = f"{'. '.join(str(error).split('. ')[:2])}: {OUT_OF_MEMORY}"
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         status = 2
     finally:

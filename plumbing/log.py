@@ -3,9 +3,16 @@
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
+
+
+def note(text):
+    """Print a line that stays, in the first process only; a terminal's updating line makes room."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
 class Log:
@@ -46,23 +53,73 @@ class Log:
         rate, left = images * done / elapsed, elapsed / done * (self.steps - step)
         speed = {"images_per_second": round(rate, 1), "seconds": round(elapsed, 1)}
         self.write(step=step, **values, **speed)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         time_left = f"{left // 60:.0f}m{left % 60:02.0f}s left"
-        line = f"step {step}/{self.steps}  {text}  {rate:.0f} images/s  {time_left}"
-        if self.terminal:
-            print(f"\r\033[K{line}", end="", flush=True)
+        line = f"step {step}/{self.steps}  {time_left}  {rate:.0f} images/s  {numbers(values, 4)}"
+        if self.terminal:  # a line that wraps could not be cleared
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{line[:width]}", end="", flush=True)
         else:
             print(line, flush=True)
 
-    def say(self, text):
-        """Print a line that stays on the terminal."""
+    def evaluation(self, step, **values):
+        """Record and print an evaluation within the run, after `step` steps."""
+        self.write(step=step, **values)
         if self.rank == 0:
-            print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+            note(f"step {step:,}  held out: {numbers(values, 4)}")
 
     def final(self, **values):
         """Record and print the script's result; its record, the file's last, has final=True."""
         self.write(final=True, **values)
-        self.say("  ".join(f"{name} {value:.5g}" for name, value in values.items()))
+        if self.rank == 0:
+            note(numbers(values, 5))
+
+
+class Estimate:
+    """How long a run of `steps` steps takes: one line once that can be told.
+
+    `begin` and `end` enclose each step with its data; evaluations and checkpoints lie outside. The
+    first steps, which compile and fill the loader's queue, do not count.
+    """
+
+    WARM_UP, STEPS, SECONDS = 5, 10, 10  # steps that do not count; the least that must
+
+    def __init__(self, steps):
+        self.steps, self.done, self.seconds, self.since, self.said = steps, 0, 0.0, 0.0, False
+
+    def begin(self):
+        """A step begins, with its data."""
+        self.since = time.perf_counter()
+
+    def end(self):
+        """A step is over: print the estimate if there is one and steps are left."""
+        self.done += 1
+        counted = self.done - self.WARM_UP
+        if self.said or counted <= 0:
+            return
+        self.seconds += time.perf_counter() - self.since
+        if counted >= self.STEPS and self.seconds >= self.SECONDS and self.done < self.steps:
+            rate, self.said = counted / self.seconds, True
+            time_needed = duration(self.steps / rate)
+            note(f"{rate:.3g} steps/s: about {time_needed} for {self.steps:,} steps, "
+                 "evaluations not counted")  # fmt: skip
+
+
+def numbers(values, digits):
+    """'loss 1.234  lr 0.001': {name: value} as text. Lists and dicts are left to the records."""
+    shown = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    return "  ".join(f"{name} {value:.{digits}g}" for name, value in shown.items())
+
+
+def duration(seconds):
+    """Seconds as text for an estimate, rounded up: '40 s', '3 min', '2 h 10 min', '4 d 7 h'."""
+    if seconds < 55:
+        return f"{max(5, 5 * math.ceil(seconds / 5))} s"
+    minutes, hours = math.ceil(seconds / 60), math.ceil(seconds / 3600)
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours <= 48:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def read_metrics(out):

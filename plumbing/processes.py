@@ -58,10 +58,10 @@ def join(device):
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         # torchrun's store may outlive a restart (--max-restarts) and then holds the addresses of
-        # dead processes (pytorch issue 167288). So each start on one node uses names of its own.
-        # On several nodes each torchrun counts restarts for itself, so the count is no common name.
+        # dead processes (pytorch issue 167288). So each start on one node uses a unique prefix. On
+        # several nodes each torchrun counts restarts for itself, so the count is not shared.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    # A process that waits longer than this for the others gives up: nothing hangs for ever.
+    # A process that waits longer than this for the others gives up, so none waits forever.
     waiting = timedelta(minutes=10)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=waiting)

@@ -11,13 +11,11 @@ This project's parameter names are the authors' ("released"), which timm uses to
 """
 
 import math
-import os
-import sys
 from pathlib import Path
 
 import torch
 
-from plumbing import checkpoints, command_line, weights
+from plumbing import checkpoints, command_line, log, weights
 
 # -------------------------------------------------------- parameter names of transformers
 
@@ -195,11 +193,10 @@ def load_pretrained(path, *kinds, normalise="auto"):
         "classes": None,
     }
     checkpoints.check_kind(path, found, *kinds)
-    if normalise == "auto" and os.environ.get("RANK", "0") == "0":
-        print(
-            f"{path} does not say its pixel mean and std: taking 0.5, as in the files pre-trained "
-            "on ImageNet-22k; --normalise imagenet for those pre-trained on ImageNet-1k",
-            file=sys.stderr,
+    if normalise == "auto":
+        log.note(
+            f"{path} does not record pixel mean and std: assuming 0.5, right for files pre-trained "
+            "on ImageNet-22k. For those of ImageNet-1k give the scripts --normalise imagenet"
         )
     return found
 
@@ -310,6 +307,8 @@ def main(argv=None):
     state = found["model"]
     print(f"{found['kind']}, {sum(value.numel() for value in state.values()):,} parameters")
     print("  ".join(f"{name} {value}" for name, value in found["config"].items()))
+    print(f"normalise {found['normalise']}" + (f"  {len(found['classes'])} classes: "
+          f"{', '.join(found['classes'][:5])} ..." if found.get("classes") else ""))  # fmt: skip
     if args.destination is None:
         return
     if args.names == "transformers":

@@ -1,31 +1,34 @@
 """One training run around its loop: everything about it that is the same in the four scripts.
 
-It opens --out, resumes, saves, logs, evaluates and stops. It is no trainer: the forward pass, the
-loss and the optimisation step stand in each script's `for step, batch in run.steps(...)`.
+It opens --out, resumes, saves, logs, evaluates and stops. It is not a trainer: each script's loop,
+`for step, batch in run.steps(...)`, contains the forward pass, the loss and the optimiser's step.
 """
 
 import math
+from pathlib import Path
 
 import torch.distributed as dist
 
 from plumbing import checkpoints, pictures, processes, signals
 from plumbing.clock import Clock
-from plumbing.log import Log
+from plumbing.log import Estimate, Log, note
 
 
 class Run:
     """A run of `steps` steps. Constructing it opens --out, then resumes or saves step 0.
 
-    args: the command line; kind: of its checkpoints; model, optimizer: as they are saved;
-    extra: what else a checkpoint holds, {name: value}, with the state dict of a module in it.
+    args: the command line; kind: the checkpoints' kind; model, optimizer: as they are saved;
+    extra: further entries of a checkpoint, {name: value}; modules are saved as state dicts.
+    held_out: the set to evaluate on, for the line that says how many images there are.
     Raises ValueError if the batch does not divide, if --out is in use or not empty, or if --resume
     finds no whole checkpoint or other settings.
     """
 
-    def __init__(self, args, kind, process, model, optimizer, steps, extra):
+    def __init__(self, args, kind, process, model, optimizer, steps, extra, held_out):
         self.batch_size = processes.rank_batch(args.batch_size, args.accumulate, process.world)
         self.args, self.kind, self.process, self.total = args, kind, process, steps
         self.saved, self.extra = (model, optimizer, process.scaler), extra
+        self.held_out, self.warn = held_out, None
         self.out = checkpoints.open_output(args, process.rank)
         self.resumed, self.first = None, 0  # the checkpoint that it resumes, the first step to do
         if args.resume:
@@ -48,29 +51,59 @@ class Run:
         }
         checkpoints.save(self.out, self.kind, self.args, step, *self.saved, extra)
 
-    def steps(self, loader, evaluate):
+    def steps(self, loader, evaluate, draw=None, warn=None):
         """Yield (step, batch); after each step log, save, stop and evaluate as the flags say.
 
-        evaluate: a function without arguments that returns {name: number}.
+        evaluate: a function without arguments that returns {name: number}. draw(OUT) writes
+        pictures. warn(numbers) returns what is wrong with an evaluation, or None; said once.
         """
+        self.warn = warn
+        if not self.args.benchmark:
+            self.introduce(loader.dataset)
+        estimate = Estimate(0 if self.args.benchmark else self.total - self.first)
+        estimate.begin()
         for step, batch in enumerate(self.clock.batches(loader), start=self.first):
             yield step, batch
-            self.after(step + 1, loader.dataset, evaluate)
+            estimate.end()
+            self.after(step + 1, loader.dataset, evaluate, draw)
+            estimate.begin()
+
+    def introduce(self, train_set):
+        """Say in two lines what runs where, or that nothing is left to do."""
+        args, model, world = self.args, self.saved[0], self.process.world
+        if self.first == self.total:
+            note(
+                f"finished after {self.total} steps: evaluating again; to train further start a "
+                f"new run with --init {self.out / checkpoints.CHECKPOINTS[0]}"
+            )
+            return
+        where = "1 process on" if world == 1 else f"{world} processes, each on"
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size = f"{count_text(count)} parameters"
+        size += f", {count_text(trained)} of them trained" if trained < count else ""
+        note(f"{where} {self.clock.machine()}; {size}; {grid_text(model.config, args.image_size)}")
+        held_out = len(self.held_out)
+        images = f"evaluating on {min(held_out, args.eval_images):,} of {held_out:,}"
+        epochs = self.total * args.batch_size / len(train_set)
+        steps = f"{self.total:,} steps of {args.batch_size:,} images ({epochs:.3g} epochs)"
+        steps += f", {self.first:,} of them done" if self.first else ""
+        note(f"training on {len(train_set):,} images, {images}; {steps}")
 
     def passes(self, *tensors):
-        """processes.passes of the run's model: the tensors in --accumulate parts."""
+        """Split the tensors into --accumulate passes: see processes.passes."""
         return processes.passes(self.model, self.args.accumulate, *tensors)
 
     def allows(self, step, norm, lr):
-        """May the optimiser take this step? Not if the gradient's norm is not finite."""
+        """True unless the gradient's norm is not finite; see FiniteSteps.allow."""
         return self.finite.allow(norm, step, lr)
 
     def report(self, loss, **values):
-        """What to log of this step: the loss of this process, and any other numbers."""
+        """Set what to log of this step: the loss of this process, and other numbers."""
         self.latest = {"loss": loss, **values}
 
-    def after(self, done, dataset, evaluate):
-        """What happens between two steps; `done`: steps so far."""
+    def after(self, done, dataset, evaluate, draw):
+        """Log, save, stop and evaluate after a step; `done`: steps so far."""
         args = self.args
         if done % args.log_every == 0 or done == self.total:
             loss = processes.all_mean(self.latest["loss"])
@@ -79,7 +112,20 @@ class Run:
             self.log.step(done, args.batch_size, **values, **problems)
         self.save_or_stop(done)
         if done % args.save_every == 0 and done < self.total:
-            self.log.write(step=done, **evaluate())
+            values = evaluate()
+            self.log.evaluation(done, **values)
+            self.show(done, values, draw)
+
+    def show(self, done, values, draw):
+        """After an evaluation draw the pictures again; warn once, not in the first half, if bad."""
+        warning = self.warn(values) if self.warn and 2 * done >= self.total else None
+        if warning:
+            note(f"warning: {warning}")
+            self.warn = None
+        if self.process.rank == 0:
+            if draw:
+                draw(self.out)
+            pictures.loss_curve(self.out)
 
     def save_or_stop(self, done):
         """Save every --save-every steps and after the last; on a signal save now and stop.
@@ -91,7 +137,7 @@ class Run:
             self.save(done)
         if stop:
             if dist.is_initialized():
-                dist.barrier()  # a process that exits earlier would end the one that still writes
+                dist.barrier()  # if one process exits early, torchrun kills the one still writing
             raise signals.Stopped(
                 f"stopped by a signal after step {done} of {self.total}: continue with --resume"
             )
@@ -101,11 +147,40 @@ class Run:
         if self.args.benchmark:
             self.clock.report(self.args.batch_size)
             return
-        self.log.final(**evaluate())
-        if self.process.rank == 0:
-            if draw:
-                draw(self.out)
-            pictures.loss_curve(self.out)
+        values = evaluate()
+        self.log.final(**values)
+        self.show(self.total, values, draw)
+
+
+def count_text(count):
+    """'86.4 million', or '7,690' below a million."""
+    return f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,}"
+
+
+def grid_text(config, image_size):
+    """'24 x 24 pixels, 36 patches': of a model with a grid of patches or with a downsampling."""
+    cells, name = getattr(config, "grid", None), "patches"
+    if cells is None:
+        cells, name = image_size // config.downsampling, "tokens"
+    return f"{image_size} x {image_size} pixels, {cells**2:,} {name}"
+
+
+def evaluate_only(args, process, measure, draw=None):
+    """--eval: print the numbers of measure() and draw(OUT) the pictures, if there is an --out.
+
+    Raises ValueError, before anything is measured, if --out is not an empty folder, or is of no
+    use.
+    """
+    if args.out and not draw:
+        raise ValueError(f"--eval draws no pictures of a classifier: leave out --out {args.out}")
+    out = Path(args.out) if args.out else None
+    if out:  # every process checks, so that all of them stop
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"--out {out} is not an empty folder: choose a new one")
+        out.mkdir(parents=True, exist_ok=True)
+    Log(None, process.rank, 0).final(**measure())
+    if out and process.rank == 0:
+        draw(out)
 
 
 class FiniteSteps:

@@ -1,5 +1,6 @@
 """Files of weights: .pt and .pth as torch writes them, and .safetensors."""
 
+import hashlib
 import functools
 import zipfile
 from pathlib import Path
@@ -46,6 +47,15 @@ def write(path, state):
         safetensors_for(path).save_file(contiguous, path)
     else:
         torch.save({"model": state}, path)
+
+
+def digest(state):
+    """Sixteen letters for the names and values of a state dict."""
+    content = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        content.update(name.encode())
+        content.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def safetensors_for(path):

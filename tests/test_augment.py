@@ -102,8 +102,8 @@ def test_fill_is_the_rounded_mean():
     flags = {"image_size": 12, "seed": 0, "min_crop": 1.0, "flip": False, "eval_crop": 1.0}
     args = argparse.Namespace(**flags, randaugment=9, erasing=0.0)
     images = np.zeros((60, 12, 12, 3), np.uint8)
-    source = sources.Arrays("black", images, labels=np.zeros(60, np.int64))
-    dataset = labelled.LabelledViews(args, source, 1, True, "imagenet")
+    source = sources.Arrays("black", images, labels=np.arange(60) % 2)
+    dataset = labelled.LabelledViews(args, source, 2, True, "imagenet")
     pixels, _ = dataset.__getitems__([(0, i) for i in range(60)])
     assert [124, 116, 104] in pixels.movedim(1, -1).reshape(-1, 3).tolist()
 

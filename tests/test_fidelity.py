@@ -160,11 +160,11 @@ def test_published_weights_say_which_pixel_statistics_they_get(tmp_path, capsys)
     config = beit.BeitConfig(8, 2, 64, 2, 1, positions="absolute", layer_scale=0.0)
     weights.write(tmp_path / "bare.pth", beit.Beit(config).state_dict())
     found = published.load_pretrained(tmp_path / "bare.pth", "pretraining")
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert found["normalise"] == "half" and said.count("\n") == 1
     assert "--normalise imagenet" in said and "bare.pth" in said
     found = published.load_pretrained(tmp_path / "bare.pth", "pretraining", normalise="imagenet")
-    assert found["normalise"] == "imagenet" and not capsys.readouterr().err
+    assert found["normalise"] == "imagenet" and not capsys.readouterr().out
 
 
 def test_normalise_and_layer_scale_are_flags(arrays, made, tmp_path):

@@ -295,7 +295,7 @@ def test_image_folder(tmp_path):
 def test_ade_folder(tmp_path):
     """ADE20K's layout: annotation value 0 is ignored, 1 is class 0."""
     image = pytest.importorskip("PIL.Image")
-    for part in ("images/training", "annotations/training"):
+    for part in ("images/training", "annotations/training", "images/validation"):
         (tmp_path / part).mkdir(parents=True)
     image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "images/training/a.jpg")
     annotation = np.array([[0, 1], [150, 7]], np.uint8).repeat(2, 0).repeat(2, 1)
@@ -323,7 +323,6 @@ BROKEN = {  # file name: function that makes it at its path
     "short.png": lambda path: path.write_bytes(png(8, 8, random.Random(0).randbytes(200))[:-100]),
     "garbage.png": lambda path: path.write_bytes(png(8, 8, b"too few rows")),
     "loop.png": lambda path: path.symlink_to(path),
-    "folder.png": lambda path: path.mkdir(),
     "gone.png": lambda path: path.symlink_to("nowhere.png"),
 }
 
@@ -334,6 +333,7 @@ def test_broken_image_is_skipped_counted_and_named(name, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     folder = tmp_path / "train" / "only"
     folder.mkdir(parents=True)
+    (tmp_path / "val").mkdir()
     BROKEN[name](folder / name)
     image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / "zz.png")
     source = sets.open_source(str(tmp_path), "train")
@@ -371,4 +371,4 @@ def test_missing_pillow_is_said_clearly(tmp_path, monkeypatch):
     """Without Pillow, reading an image file says what to install."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match="pip install pillow"):
-        sources.decode(tmp_path / "a.png")
+        sources.Files("one", [tmp_path / "a.png"]).read([0])

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 import reproduce
-from experiments import HERE, attention, benchmark, report, short_runs, tables, torture, verify
+from experiments import (
+    HERE,
+    attention,
+    benchmark,
+    features,
+    report,
+    short_runs,
+    tables,
+    torture,
+    verify,
+)
 from images import convert, sources
 from plumbing import published
 
@@ -162,7 +172,7 @@ PROGRAMS = {
     "reproduce.py": reproduce,
     **{
         f"-m {module.__name__}": module
-        for module in (attention, benchmark, convert, published, report, torture, verify)
+        for module in (attention, benchmark, convert, features, published, report, torture, verify)
     },
 }
 FOREIGN_FLAGS = {  # of torchrun

@@ -1,0 +1,289 @@
+"""Folders of image files: their splits, their classes and their masks.
+
+A folder's images may lie at any depth. Names that begin with a dot are ignored.
+"""
+
+import collections
+import functools
+import hashlib
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from images import photos, sources
+from plumbing import log
+
+SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
+IMAGE_SPLITS = {"train": ["train"], "val": ["val", "validation"], "test": ["test"]}
+MASK_SPLITS = {"train": ["training", "train"], "val": ["validation", "val"], "test": ["test"]}
+HELD_OUT = 20  # without a folder for it, one image in so many is held out
+SURVEYED = 100  # files to look at when a set is opened
+ADE_CLASSES = 150
+
+say = functools.cache(log.note)  # once, though training and held-out set are opened one by one
+
+
+def all_files(folder, above=()):
+    """Yield the files below a folder, sorted as paths are. Links back to a folder above are cut."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        entries = sorted(entries, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        is_link_to_folder = entry.is_symlink() and os.path.isdir(entry.path)
+        if is_link_to_folder or entry.is_dir(follow_symlinks=False):
+            yield from all_files(entry.path, (*above, real))
+        else:
+            yield Path(entry.path)
+
+
+def image_files(folder):
+    """Yield the image files below a folder, sorted."""
+    return (path for path in all_files(folder) if path.suffix.lower() in SUFFIXES)
+
+
+def listed_images(folder):
+    """The image files below a folder, sorted. What else is there is said.
+
+    Raises ValueError if nothing is left.
+    """
+    paths, others = [], collections.Counter()
+    for path in all_files(folder):
+        if path.suffix.lower() in SUFFIXES:
+            paths.append(path)
+        else:
+            others[path.suffix.lower() or "without suffix"] += 1
+    found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    if not paths:
+        known = " ".join(SUFFIXES)
+        raise ValueError(f"no images in {folder}: found {found or 'no files'}; known: {known}")
+    if others:
+        say(f"{folder}: {others.total()} files are no images that can be read here: {found}")
+    return paths
+
+
+# -------------------------------------------------------- splits
+
+
+def open_split(root, split, names, make):
+    """Files of one split of the images below `root`.
+
+    names: {split: the names that its folder may have}. make(pool): the Files of all images below
+    the folder `pool`, which is that of the split, of the training set, or, where no split has a
+    folder, `root`. Raises NoSplit if there is no such split.
+    """
+    folders = [(part, root / name) for part in names for name in reversed(names[part])]
+    given = {part: folder for part, folder in folders if folder.is_dir()}
+    if split in given and (split != "train" or "val" in given):
+        return make(given[split])
+    if split == "test":
+        raise sources.NoSplit(f"{root}: it has no split 'test': make a folder {root / 'test'}")
+    if given and "train" not in given:
+        known = ", ".join(sorted(folder.name for folder in given.values()))
+        raise sources.NoSplit(
+            f"{root}: it has no split {split!r} but a folder {known}: put the training images into "
+            f"{root / names['train'][0]}"
+        )
+    pool = given.get("train", root)
+    source = make(pool)
+    held_out = held_out_by_hash(source.paths, pool)
+    say(
+        f"{pool}: {held_out.sum()} of {len(source)} images are held out as val, one in {HELD_OUT} "
+        f"by a hash of the path, because there is no folder {root / names['val'][0]}"
+    )
+    part = sources.subset(source, np.flatnonzero(held_out == (split == "val")))
+    part.name = f"{pool} {split}"
+    return part
+
+
+def held_out_by_hash(paths, pool):
+    """Bool (n,): is each path below `pool` held out? It depends on the path alone.
+
+    Where that leaves none, the path with the lowest hash is held out. Raises ValueError for a
+    single image.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"{pool}: it has one image: none is left to evaluate on")
+    names = (os.fsencode(path.relative_to(pool).as_posix()) for path in paths)
+    digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    hashes = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
+    return hashes <= max(2**64 // HELD_OUT, int(hashes.min()))
+
+
+def surveyed_files(root, names, pool):
+    """The first files of the training set, or of `pool` where there is none: a tuple of paths."""
+    training = [root / name for name in names["train"] if (root / name).is_dir()]
+    return tuple(itertools.islice(image_files((training or [pool])[0]), SURVEYED))
+
+
+def say_survey(root, surveyed):
+    """Say what is special about a set's first files. Returns the bits that 16-bit images use."""
+    depth, text = photos.survey(surveyed)
+    if text:
+        say(f"{root}: {text}")
+    return depth
+
+
+# -------------------------------------------------------- labelled and unlabelled images
+
+
+def folder_source(root, split):
+    """Files of one split below a folder: ROOT/train and so on, or without these all images.
+
+    If all lie in first-level subfolders, these are their classes.
+    """
+
+    def make(pool):
+        paths, labels, classes = labelled_files(pool, explicit=pool != root)
+        depth = say_survey(root, surveyed_files(root, IMAGE_SPLITS, pool))
+        return sources.Files(str(pool), paths, labels, classes=classes, depth=depth)
+
+    return open_split(root, split, IMAGE_SPLITS, make)
+
+
+def labelled_files(pool, explicit):
+    """(paths, labels or None, class names) of all images below a folder.
+
+    explicit: it is the folder of a split; then a class without images is an error.
+    """
+    if explicit:
+        check_class_folders(pool)
+    paths = listed_images(pool)
+    parts = [path.relative_to(pool).parts for path in paths]
+    names = [first for first, *rest in parts if rest]
+    classes = sorted(set(names))
+    if len(names) < len(paths):
+        outside = f"{len(paths) - len(names)} of them" if names else "they"
+        say(f"{pool}: {len(paths)} images without class labels: {outside} lie in no subfolder")
+        return paths, None, []
+    if not explicit:
+        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        say(f"{pool}: {len(paths)} images; class = subfolder, {len(classes)} of them: {shown}")
+    numbers = {name: label for label, name in enumerate(classes)}
+    return paths, [numbers[name] for name in names], classes
+
+
+def check_class_folders(pool):
+    """Raise ValueError if a folder holds class folders only and one of them has no images."""
+    classes = []
+    for path in sorted(pool.iterdir()):
+        if path.is_dir():
+            classes.append(path)
+        elif path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            return  # an image beside them: these are no classes
+    for folder in classes:
+        if not folder.name.startswith(".") and next(image_files(folder), None) is None:
+            raise ValueError(f"{folder}: the class folder is empty; fill or remove it")
+
+
+# -------------------------------------------------------- images with masks
+
+
+def masked_source(root, split):
+    """Files of one split with masks: ROOT/images/<path>.jpg and ROOT/annotations/<path>.png.
+
+    ROOT/classes.txt names the classes 0, 1, ...; without it 0 is ignored and 1 to 150 are the
+    classes, as in ADE20K. Raises ValueError for an image without annotation, a mask value that is
+    no class, and masks that leave fewer than two classes.
+    """
+    images, classes = root / "images", read_classes(root)
+
+    def mask_of(image):
+        return root / "annotations" / image.relative_to(images).with_suffix(".png")
+
+    def make(pool):
+        paths = listed_images(pool)
+        masks = [mask_of(path) for path in paths]
+        for mask in masks:
+            if not mask.is_file():
+                raise ValueError(f"{mask} is missing: every image needs an annotation of its name")
+        surveyed = surveyed_files(images, MASK_SPLITS, pool)
+        check_values(root, tuple(map(mask_of, surveyed)), classes and len(classes))
+        return sources.Files(
+            str(pool),
+            paths,
+            masks=masks,
+            mask_classes=classes or [str(c) for c in range(ADE_CLASSES)],
+            first_class=0 if classes else 1,
+            depth=say_survey(root, surveyed),
+        )
+
+    return open_split(images, split, MASK_SPLITS, make)
+
+
+def read_classes(root):
+    """The lines of ROOT/classes.txt, or None without the file.
+
+    Raises ValueError unless it names two to 255 different classes.
+    """
+    path = root / "classes.txt"
+    if not path.is_file():
+        return None
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    if "" in names:
+        raise ValueError(
+            f"{path}: line {names.index('') + 1} is blank; it needs one class name a line"
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: class {twice!r} is named twice")
+    if not 2 <= len(names) <= sources.IGNORE:
+        raise ValueError(f"{path}: it names {len(names)} classes; expected 2 to {sources.IGNORE}")
+    return names
+
+
+@functools.cache  # once for both splits
+def check_values(root, masks, classes):
+    """Check the values of a set's first masks, and say how they are read.
+
+    masks: a tuple of paths. classes: the number in classes.txt, or None for ADE20K's convention.
+    """
+    values = set()
+    for mask in masks:
+        try:
+            values |= set(np.unique(photos.read_mask(mask)).tolist())
+        except ValueError:  # reading it in training or evaluation says so
+            continue
+    last = classes - 1 if classes else ADE_CLASSES
+    wrong = sorted(v for v in values if v > last and not (classes and v == sources.IGNORE))
+    left = values - ({sources.IGNORE} if classes else {0, *wrong})
+    file = root / "classes.txt"
+    if values and values <= {0, sources.IGNORE} and sources.IGNORE in values:
+        raise ValueError(
+            f"{root}: the masks hold only 0 and 255, and 255 means ignored: write 1 in place of "
+            f"255 (Pillow: mask.point(lambda v: v // 255)), and 'background' and 'object' as the "
+            f"two lines of {file}"
+        )
+    if classes and wrong:
+        raise ValueError(
+            f"{root}: mask value {wrong[0]} is out of range for the {classes} classes of {file}: "
+            f"they are 0 to {last}, and 255 is ignored"
+        )
+    if classes or not values:
+        return
+    if len(left) < 2:
+        raise ValueError(
+            f"{root}: no {file}, and by ADE20K's convention (0 is ignored) the masks' values "
+            f"{shown(values)} leave {len(left)} class: name the classes of 0, 1, ... in {file}, "
+            "one a line (for 0/1 masks: background, object)"
+        )
+    if wrong:
+        raise ValueError(
+            f"{root}: mask value {wrong[0]} is above ADE20K's {ADE_CLASSES}: name your classes of "
+            f"0, 1, ... in {file}, one a line; 255 is ignored"
+        )
+    say(
+        f"{root}: without a classes.txt, masks are read as ADE20K's: 0 is ignored and 1 to "
+        f"{ADE_CLASSES} are the classes (found: {shown(values)})"
+    )
+
+
+def shown(values):
+    """The first of some numbers, for a message."""
+    text = ", ".join(map(str, sorted(values)[:8]))
+    return text + (", ..." if len(values) > 8 else "")

@@ -1,0 +1,152 @@
+"""Starting from weights, looking at them, sizes taken from them, and --resume without flags."""
+
+import numpy as np
+import pytest
+import torch
+
+import finetune_cls
+import finetune_seg
+import pretrain
+import train_tokenizer
+from experiments.short_runs import COMMON, MODULES, SCRIPTS, script_flags, weights
+from images import sources
+from plumbing import checkpoints, log, published
+
+
+def checkpoint(made, stage):
+    return str(made / stage / "checkpoint.pt")
+
+
+def numbers(text, names):
+    """{name: value} of 'name value' pairs in what a script printed."""
+    words = text.split()
+    return {name: float(words[words.index(name) + 1]) for name in names}
+
+
+def test_pretraining_continues_from_its_own_checkpoint(arrays, made, tmp_path, capsys):
+    """--init with the same tokenizer keeps everything: with learning rate 0 the end is the start.
+
+    The first step's loss of a continued run is the source's, whatever its learning rate.
+    """
+    flags = [*script_flags("beit", arrays, made), "--init", checkpoint(made, "beit")]
+    pretrain.main([*flags, "--lr", "0", "--min-lr", "0", "--out", str(tmp_path / "same")])
+    assert "kept its backbone, e_[M], head\n" in capsys.readouterr().out
+    old, new = weights(made / "beit"), weights(tmp_path / "same")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    start, end = (log.read_metrics(f)[-1]["mim_loss"] for f in (made / "beit", tmp_path / "same"))
+    assert start == pytest.approx(end, rel=1e-6)
+
+
+def test_another_tokenizer_gets_a_new_head(arrays, made, tmp_path, capsys):
+    """Same sizes, other codes: the head would predict the wrong tokens, so it is new."""
+    flags = script_flags("tokenizer", arrays, made)
+    train_tokenizer.main([*flags, "--seed", "5", "--out", str(tmp_path / "other")])
+    other = ["--tokenizer", str(tmp_path / "other" / "checkpoint.pt")]
+    flags = [*script_flags("beit", arrays, made), *other, "--init", checkpoint(made, "beit")]
+    capsys.readouterr()
+    pretrain.main([*flags, "--lr", "0", "--min-lr", "0", "--out", str(tmp_path / "beit")])
+    assert "kept its backbone, e_[M]; new: head\n" in capsys.readouterr().out
+    old, new = weights(made / "beit"), weights(tmp_path / "beit")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"lm_head.weight"} or changed == {"lm_head.weight", "lm_head.bias"}
+
+
+def test_pretraining_from_a_classifier_at_another_size(arrays, made, tmp_path, capsys):
+    """A classifier has no e_[M] and no MIM head: both are new, positions are interpolated."""
+    flags = [*script_flags("beit", arrays, made), "--init", checkpoint(made, "cls")]
+    sizes = ["--image-size", "24", "--token-size", "24"]
+    pretrain.main([*flags, *sizes, "--out", str(tmp_path / "beit")])
+    assert "kept its backbone; new: e_[M], head\n" in capsys.readouterr().out
+    state = checkpoints.load(tmp_path / "beit" / "checkpoint.pt", "pretraining")["model"]
+    assert state["pos_embed"].shape == (1, 37, 128)
+
+
+def test_eval_of_a_pretrained_model_is_its_final_result(arrays, made, tmp_path, capsys):
+    """pretrain.py --eval: the numbers of the run's last record, and pictures in --out."""
+    flags = [*script_flags("beit", arrays, made), "--init", checkpoint(made, "beit")]
+    pretrain.main([*flags, "--eval", "--out", str(tmp_path / "look")])
+    final = log.read_metrics(made / "beit")[-1]
+    names = ("mim_loss", "mim_accuracy", "token_entropy", "stage1_nats", "stage2_nats")
+    for name, value in numbers(capsys.readouterr().out, names).items():
+        assert value == pytest.approx(final[name], rel=1e-4), name
+    assert (tmp_path / "look" / "predictions.png").stat().st_size > 100
+
+
+def test_eval_of_a_tokenizer_is_its_final_result(arrays, made, tmp_path, capsys):
+    """train_tokenizer.py --eval: MSE, codes and perplexity again, and reconstructions in --out."""
+    flags = ["--eval", "--init", checkpoint(made, "tokenizer"), *COMMON, "--data", arrays]
+    train_tokenizer.main([*flags, "--image-size", "16", "--out", str(tmp_path / "look")])
+    final = log.read_metrics(made / "tokenizer")[-1]
+    names = ("reconstruction_mse", "codebook_used", "codebook_perplexity")
+    for name, value in numbers(capsys.readouterr().out, names).items():
+        assert value == pytest.approx(final[name], rel=1e-4), name
+    assert (tmp_path / "look" / "reconstructions.png").stat().st_size > 100
+
+
+def test_tokenizer_training_continues(arrays, made, tmp_path, capsys):
+    """--init takes weights and sizes from the checkpoint, whatever the flags of the networks."""
+    flags = [*COMMON, "--data", arrays, "--image-size", "16", "--steps", "2", "--warmup-steps", "1"]
+    init = ["--init", checkpoint(made, "tokenizer"), "--lr", "0", "--min-lr", "0"]
+    train_tokenizer.main([*flags, *init, "--out", str(tmp_path / "more")])
+    assert "its sizes in place of the recipe's" in capsys.readouterr().out
+    old = checkpoints.load(made / "tokenizer" / "checkpoint.pt", "tokenizer")
+    new = checkpoints.load(tmp_path / "more" / "checkpoint.pt", "tokenizer")
+    assert new["config"] == old["config"] and new["arguments"]["vocab_size"] == 16
+    name = "encoder.blocks.input.weight"
+    assert torch.equal(old["model"][name], new["model"][name])
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_resume_needs_no_other_flags(stage, arrays, made, tmp_path, capsys):
+    """--resume --out OUT alone ends with the bits of the whole run; given flags still count."""
+    out, flags = tmp_path / "run", script_flags(stage, arrays, made)
+    MODULES[stage].main([*flags, "--out", str(out)])
+    whole, path = weights(out), out / "checkpoint.pt"
+    (out / "previous.pt").replace(path)  # as if it had stopped before the first step
+    checkpoints.LOCKS.clear()
+    MODULES[stage].main(["--resume", "--out", str(out)])
+    assert all(torch.equal(whole[name], value) for name, value in weights(out).items())
+    with pytest.raises(ValueError, match="--seed is 9, but"):
+        MODULES[stage].main(["--resume", "--out", str(out), "--seed", "9"])
+    capsys.readouterr()
+    MODULES[stage].main(["--resume", "--out", str(out)])
+    assert f"--init {path}" in capsys.readouterr().out
+
+
+def test_fine_tuning_takes_the_checkpoints_image_size(arrays, made, tmp_path):
+    """Pre-trained at 16 pixels, the demo recipe is for 24: fine-tuned at 16 unless told."""
+    for module, stage, more in (
+        (finetune_cls, "cls", ["--labels-per-class", "0", "--epochs", "1"]),
+        (finetune_seg, "seg", ["--train-images", "0", "--steps", "4", "--warmup-steps", "1"]),
+    ):
+        more += ["--warmup-epochs", "0"] if stage == "cls" else []
+        flags = [*COMMON, "--data", arrays, "--init", checkpoint(made, "beit"), *more]
+        module.main([*flags, "--out", str(tmp_path / stage)])
+        kinds = "classification", "segmentation"
+        found = published.load_pretrained(checkpoint(tmp_path, stage), *kinds)
+        assert found["config"]["image_size"] == 16
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "beit"])
+def test_own_photographs_need_a_size(stage, made, tmp_path, capsys):
+    """The small recipes' 24 pixels are for drawings: a folder of pictures must come with a size."""
+    (tmp_path / "photos").mkdir()
+    flags = ["--tokenizer", checkpoint(made, "tokenizer")] if stage == "beit" else []
+    flags += ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="2"):
+        MODULES[stage].main(flags)
+    error = capsys.readouterr().err
+    assert "give --image-size" in error and ("--token-size" in error) == (stage == "beit")
+    assert error.count("\n") == 1
+
+
+def test_iou_of_each_class_is_in_the_log(made):
+    """The final record names every class that occurs; their mean is the mIoU."""
+    final = log.read_metrics(made / "seg")[-1]
+    assert set(final["iou"]) <= {"0", "1"}
+    assert np.mean(list(final["iou"].values())) == pytest.approx(final["miou"], abs=0.01)
+    matrix = finetune_seg.confusion_matrix(
+        torch.tensor([0, 0, 1, sources.IGNORE]), torch.tensor([0, 1, 1, 0]), 3
+    )
+    assert finetune_seg.class_iou(matrix)[:2].tolist() == pytest.approx([50, 50])
+    assert finetune_seg.class_iou(matrix)[2].isnan()
