@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune_seg
-from images import sets, sources
+from images import batches, sets, sources
 from plumbing import command_line
 
 
@@ -67,7 +67,8 @@ def commonest_class(runner):
         return 0.0
     test = sets.open_source(runner.settings["scenes"], "test", runner.data_dir)
     column = command_line.COLUMNS.index(runner.recipe)
-    masks = torch.from_numpy(np.array(test.masks[: finetune_seg.RECIPES["eval_images"][column]]))
+    shown = batches.spread(len(test), finetune_seg.RECIPES["eval_images"][column])
+    masks = torch.from_numpy(test.read_masks(list(shown)))
     classes = len(test.mask_classes)
     counts = masks[masks != sources.IGNORE].flatten().bincount(minlength=classes)
     guess = counts.argmax().expand_as(masks)

@@ -102,7 +102,7 @@ def imports(path):
 def allowed_imports(path):
     """What a file may import beside the standard library; optional packages in one file each."""
     lower = {"torch", "numpy", "plumbing"}
-    optional = {"plumbing/weights.py": {"safetensors"}, "images/sources.py": {"PIL"}}
+    optional = {"plumbing/weights.py": {"safetensors"}, "images/photos.py": {"PIL"}}
     lower |= optional.get(path.as_posix(), set())
     if path.parts[0] == "plumbing":
         return lower
