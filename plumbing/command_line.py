@@ -176,7 +176,11 @@ def remember_flags(parser, argv):
         given, _ = known.parse_known_args(argv)
     except argparse.ArgumentError:  # the parser itself will say what is wrong
         return
-    saved = checkpoints.arguments(given.out) if given.resume and given.out else None
+    if not (given.resume and given.out):
+        return
+    if not any((Path(given.out) / name).exists() for name in checkpoints.CHECKPOINTS):
+        parser.error(f"--resume: there is no {checkpoints.CHECKPOINTS[0]} in {given.out}")
+    saved = checkpoints.arguments(given.out)
     if saved is not None:
         flags = {action.dest for action in parser._actions}
         parser.set_defaults(**{name: saved[name] for name in flags & saved.keys()})
