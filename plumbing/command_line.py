@@ -102,8 +102,12 @@ def add_run_flags(group):
 
 
 def workers(text):
-    """--workers: a number, or None for auto."""
-    return None if text == "auto" else int(text)
+    """--workers: a number of processes, or None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of processes")
+    return int(text)
 
 
 # Ranges of recipe numbers, beyond being finite and not negative.

@@ -61,6 +61,7 @@ SETTINGS = {
     "endless": ("beit", "--epochs inf", "--epochs inf must be a finite number"),
     "negative number": ("cls", "--labels-per-class -5",
                         "--labels-per-class -5 must be a finite number, 0 or"),
+    "workers": ("cls", "--workers -1", "'-1' is neither auto nor a number of processes"),
     "no pixels": ("seg", "--image-size 0", "--image-size 0 must be above 0"),
     "no codes": ("tokenizer", "--vocab-size 0", "--vocab-size 0 must be above 0"),
     "share above 1": ("cls", "--smoothing 2.0", "--smoothing 2.0 must be at most 1"),
