@@ -175,14 +175,14 @@ def separation(models, normalise, source, count):
     return {name: 100 * torch.cat(values).mean().item() for name, values in found.items()}
 
 
-def load_models(checkpoint, seed=0):
+def load_models(checkpoint, seed=0, normalise="auto"):
     """({name: Beit}, normalise) for a checkpoint of ours or for published weights.
 
     The models are "pre-trained" and, with the same shape, "random weights"; normalise names the
     pixel mean and std that they were trained with.
     """
     kinds = "pretraining", "classification", "segmentation"
-    state = published.load_pretrained(checkpoint, *kinds)
+    state = published.load_pretrained(checkpoint, *kinds, normalise=normalise)
     torch.manual_seed(seed)
     trained, fresh = (Beit(BeitConfig(**state["config"])).eval() for _ in range(2))
     load_backbone(trained, state["model"])
@@ -203,12 +203,15 @@ def main(argv=None):
     parser.add_argument("--data", default="shapes", help=help_text)
     parser.add_argument("--data-dir", help="folder of the data set's own files")
     parser.add_argument("--split", default="val", choices=sources.SPLITS, help="split of --data")
+    command_line.add_normalise_flag(parser)
     args = parser.parse_args(argv)
     picture = bool(args.images and args.out)
     nothing_else = not (args.images or args.out or args.points)
     if (args.measure > 0) == picture or (args.measure and not nothing_else):
         parser.error("give images and --out (and --points) for a picture, or --measure N")
-    models, normalise = load_models(args.checkpoint)
+    if args.out and Path(args.out).exists():
+        parser.error(f"--out {args.out} exists already: choose a new name")
+    models, normalise = load_models(args.checkpoint, normalise=args.normalise)
     config = models["pre-trained"].config
     if args.measure:
         source = sets.open_source(args.data, args.split, args.data_dir)

@@ -430,6 +430,7 @@ def figure2(runner):
             found[name].append(percent)
     flags = ["--data", s["data"], "--split", "test", "--out", str(runner.out / "figure2.png")]
     flags += ["--data-dir", runner.data_dir] if runner.data_dir else []
+    (runner.out / "figure2.png").unlink(missing_ok=True)  # of the run that this one resumes
     attention.main([checkpoints[0], "0", "1", "2", "3", *flags])
     rows = [[name, {"values": [percents]}] for name, percents in found.items()]
     columns = ["ranking of the other patches", "average precision, %"]

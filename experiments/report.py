@@ -229,6 +229,7 @@ def draw_attention(out, stages, data_dir):
     data = flags_of(stages[trained[0]]["command"])["data"]
     flags = ["--data", data, "--split", "test", "--out", str(out / "attention.png")]
     flags += ["--data-dir", data_dir] if data_dir else []
+    (out / "attention.png").unlink(missing_ok=True)  # of an earlier report
     attention.main([str(out / trained[0] / "checkpoint.pt"), "0", "1", "2", *flags])
 
 

@@ -28,29 +28,41 @@ class MaskedImages(views.Samples):
         self.padding = augment.mean_colour(normalise)
         self.one_size = isinstance(source, sources.Arrays)
         if self.one_size:  # the masks of files are checked when read
-            self.check_masks(source.masks)
+            for mask in source.masks:
+                self.check_mask(mask, source.name)
 
-    def check_masks(self, masks):
-        """Raise ValueError if a mask value is neither a class nor IGNORE."""
-        for mask in masks:
-            wrong = mask[(mask != sources.IGNORE) & (mask >= self.classes)]
-            if len(wrong):
-                raise ValueError(
-                    f"{self.source.name}: mask value {int(wrong[0])} is out of range for "
-                    f"{self.classes} classes ({sources.IGNORE}: ignored)"
-                )
+    def check_mask(self, mask, name):
+        """Raise ValueError naming the mask if a value is neither a class nor IGNORE."""
+        wrong = mask[(mask != sources.IGNORE) & (mask >= self.classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{name}: mask value {int(wrong[0])} is out of range for {self.classes} classes "
+                f"({sources.IGNORE}: ignored)"
+            )
+
+    def read_pair(self, indices):
+        """The image (1, H, W, 3) and mask (1, H, W) at the one index, both uint8.
+
+        Raises ValueError naming the mask if their sizes differ or a value is no class.
+        """
+        image, mask = self.source.read(indices), self.source.read_masks(indices)
+        (index,) = indices
+        name = f"{self.source.name} {index}" if self.one_size else self.source.masks[index]
+        if image.shape[1:3] != mask.shape[1:3]:
+            height, width = image.shape[1:3]
+            raise ValueError(
+                f"{name}: the mask has {mask.shape[1]}x{mask.shape[2]} pixels, its image "
+                f"{height}x{width}"
+            )
+        if not self.one_size:
+            self.check_mask(mask, name)
+        return image, mask
 
     def load(self, index):
         """Image (1, 3, H, W) in 0..255 and mask (1, 1, H, W) from the source, both as float."""
-        image, mask = self.read([index], self.source.read, self.source.read_masks)
+        [(image, mask)] = self.read([index], self.read_pair)
         image = torch.from_numpy(image).permute(0, 3, 1, 2).float()
-        mask = torch.from_numpy(mask)[:, None].float()
-        if image.shape[-2:] != mask.shape[-2:]:
-            raise ValueError(
-                f"{self.source.name} {index}: image {image.shape[-2:]} and mask {mask.shape[-2:]} "
-                "differ in size"
-            )
-        return image, mask
+        return image, torch.from_numpy(mask)[:, None].float()
 
     def prepare(self, key):
         """Image (1, 3, S, S) in 0..255 and mask (1, 1, S, S) of one key, both as float.
@@ -74,9 +86,7 @@ class MaskedImages(views.Samples):
 
     def __getitems__(self, keys):
         images, masks = (torch.cat(parts) for parts in zip(*map(self.prepare, keys)))
-        masks = masks[:, 0].byte()
-        self.check_masks(masks)
-        return [images.round().clamp(0, 255).byte(), masks]
+        return [images.round().clamp(0, 255).byte(), masks[:, 0].byte()]
 
     def pictures(self, count):
         """Top left crops (B, 3, S, S) and (B, S, S) of `count` samples spread evenly over the set.

@@ -6,6 +6,8 @@ Everything that needs the optional package Pillow is here.
 import contextlib
 import functools
 import math
+import os
+import stat
 import warnings
 
 import numpy as np
@@ -15,6 +17,8 @@ LARGE = 2**20  # pixels: smaller images are never decoded at a reduced scale
 SCALES = 8, 4, 2  # a JPEG can be decoded at 1/8, 1/4 or 1/2
 MARGIN = 1.25  # pixels to keep for each of a view: with fewer, views differ by up to 2 of 255
 FULL_DEPTH = 16  # bits of a 16-bit image that uses its whole range
+# Nothing else is tried, whatever a file is called: for PostScript Pillow would start a program.
+FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"
 ORIENTATION = 0x0112  # EXIF's number for it; 1: upright
 
 
@@ -57,7 +61,9 @@ class Photo:
     def __init__(self, path, depth=FULL_DEPTH):
         self.path, self.depth = path, depth
         with readable(path) as pillow:
-            self.image = pillow.open(path)
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+                raise ValueError("it is not a regular file")
+            self.image = pillow.open(path, formats=FORMATS)
             self.is_jpeg = self.image.format in ("JPEG", "MPO")
             # Only a JPEG has its EXIF data in front of its pixels.
             self.orientation = orientation(self.image) if self.is_jpeg else 1

@@ -63,10 +63,17 @@ def add_init_flags(parser):
     """The flags of the two fine-tuning scripts."""
     add = parser.add_argument
     add("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
-    add("--normalise", default="auto", choices=("auto", "half", "imagenet"),
-        help="pixel mean and std; auto: the checkpoint's, half for published weights")  # fmt: skip
+    add_normalise_flag(parser)
     add("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     add("--recompute", action="store_true", help=RECOMPUTE)
+
+
+def add_normalise_flag(parser):
+    """--normalise of every program that loads weights."""
+    text = "pixel mean and std; auto: the checkpoint's, half for published weights"
+    parser.add_argument(
+        "--normalise", default="auto", choices=("auto", "half", "imagenet"), help=text
+    )
 
 
 def add_look_flags(parser, kinds):

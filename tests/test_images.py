@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
 import random
 import struct
 import sys
@@ -372,3 +373,61 @@ def test_missing_pillow_is_said_clearly(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match="pip install pillow"):
         sources.Files("one", [tmp_path / "a.png"]).read([0])
+
+
+# -------------------------------------------------------- files from outside
+
+
+def test_no_image_starts_a_program(tmp_path, monkeypatch):
+    """PostScript named photo.jpg: a stub named gs, first in PATH, is not started; one line."""
+    pytest.importorskip("PIL.Image")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    for name in ("photo.jpg", "photo.png"):
+        (tmp_path / name).write_text(script)
+        with pytest.raises(ValueError, match=f"{name} is not a readable image"):
+            sources.Files("one", [tmp_path / name]).read([0])
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    """A FIFO named x.png is refused instead of waited for."""
+    pytest.importorskip("PIL.Image")
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="x.png is not a readable image: it is not a regular file"):
+        sources.Files("one", [tmp_path / "x.png"]).read([0])
+
+
+@pytest.mark.parametrize("mask", ["colour", "size", "range"])
+def test_bad_mask_is_skipped_counted_and_named(mask, tmp_path, capsys):
+    """In training the next pair takes its place; in evaluation it is an error in one line."""
+    image = pytest.importorskip("PIL.Image")
+    for part in ("images", "annotations"):
+        (tmp_path / part / "training").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("ground\nobject\n")
+    for name in ("a", "b"):
+        picture = np.full((8, 8, 3), 90, np.uint8)
+        image.fromarray(picture).save(tmp_path / "images" / "training" / f"{name}.png")
+        good = np.eye(8, dtype=np.uint8)
+        image.fromarray(good).save(tmp_path / "annotations" / "training" / f"{name}.png")
+    bad = {"colour": np.zeros((8, 8, 3)), "size": np.zeros((8, 9)), "range": np.full((8, 8), 7)}
+    bad = image.fromarray(bad[mask].astype(np.uint8))
+    bad.save(tmp_path / "annotations" / "training" / "a.png")
+    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
+    flags = ["--out", "unused", "--image-size", "8"]
+    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    files = [tmp_path / "images" / "training" / f"{name}.png" for name in "ab"]
+    masks = [tmp_path / "annotations" / "training" / f"{name}.png" for name in "ab"]
+    source = sources.Files("two", files, masks=masks, mask_classes=["ground", "object"])
+    train = masked.MaskedImages(args, source, 2, "half", True)
+    _, found = train.__getitems__([(0, 0)])
+    assert found.sum() == 8 and train.problems() == {"skipped": 1}
+    said = capsys.readouterr().err
+    assert "annotations/training/a.png" in said and said.count("\n") == 1
+    held_out = masked.MaskedImages(args, source, 2, "half", False)
+    with pytest.raises(ValueError, match="annotations/training/a.png"):
+        held_out.__getitems__([(-1, 0)])
