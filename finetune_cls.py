@@ -157,7 +157,7 @@ def main(argv=None):
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
     steps, warmup = schedules.duration(args, per_epoch)
     extra = {"normalise": normalise, "classes": classes, "layer": args.layer}
-    run = Run(args, KIND, process, model, optimizer, steps, extra, held_out)
+    run = Run(args, KIND, process, model, optimizer, steps, extra, train_set, held_out)
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device
     loader = batches.train_batches(train_set, run)

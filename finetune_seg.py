@@ -209,7 +209,7 @@ def main(argv=None):
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     extra = {"normalise": normalise, "classes": classes, "decoder_dim": model.decoder_dim}
-    run = Run(args, KIND, process, model, optimizer, args.steps, extra, held_out)
+    run = Run(args, KIND, process, model, optimizer, args.steps, extra, train_set, held_out)
     run.clock.watch(run.model, optimizer)
     scaler, device, from_start = process.scaler, process.device, args.decay_from_start
     loader = batches.train_batches(train_set, run)

@@ -344,7 +344,7 @@ def main(argv=None):
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     extra = {"normalise": args.normalise, "predicts": predicts}
-    run = Run(args, KIND, process, model, optimizer, steps, extra, held_out)
+    run = Run(args, KIND, process, model, optimizer, steps, extra, train_set, held_out)
     run.clock.watch(run.model, optimizer, tokenizer.encoder.blocks.input if tokenizer else None)
     loss_of = processes.compiled(recovery_loss, process.device) if args.compile else recovery_loss
     scaler, patch = process.scaler, model.config.patch_size

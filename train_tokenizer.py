@@ -147,7 +147,7 @@ def main(argv=None):
         average = AveragedModel(model, multi_avg_fn=average_of, use_buffers=True)
         evaluated = average.module
     extra = {"average": evaluated} if args.ema else {}
-    run = Run(args, KIND, process, model, optimizer, args.steps, extra, held_out)
+    run = Run(args, KIND, process, model, optimizer, args.steps, extra, train_set, held_out)
     if args.ema and run.resumed:
         evaluated.load_state_dict(run.resumed["average"])
         average.n_averaged.fill_(run.first)

@@ -5,6 +5,7 @@ Both have a name, a length, `labels` and `masks` (None if the set has none), the
 """
 
 import copy
+import hashlib
 
 import numpy as np
 
@@ -130,6 +131,37 @@ class Files:
         (index,) = indices
         # ADE20K's 0, "other", wraps round to 255, and its classes 1 to 150 become 0 to 149.
         return photos.read_mask(self.masks[index])[None] - np.uint8(self.first_class)
+
+
+SAMPLED = 64  # images whose content counts in a fingerprint, spread evenly over the set
+
+
+def fingerprint(source):
+    """{what: value} of a data set by which a change is noticed, quickly even for a large one.
+
+    Number of images, class names, a digest of all labels, and a digest of the content: of files
+    their names and sizes, of arrays their shape and SAMPLED images with masks.
+    """
+    shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
+    content = hashlib.blake2b(digest_size=8)
+    if isinstance(source, Files):
+        for path in source.paths:
+            content.update("/".join(path.parts[-2:]).encode(errors="surrogateescape"))
+        for index in shown:
+            path = source.paths[index]
+            content.update(str(path.stat().st_size if path.exists() else None).encode())
+    else:
+        content.update(str(source.images.shape).encode())
+        content.update(np.ascontiguousarray(source.images[shown]).tobytes())
+        if source.masks is not None:
+            content.update(np.ascontiguousarray(source.masks[shown]).tobytes())
+    labels = b"" if source.labels is None else source.labels.tobytes()
+    return {
+        "number of images": len(source),
+        "class names": [*source.classes, *source.mask_classes],
+        "labels (digest)": hashlib.blake2b(labels, digest_size=8).hexdigest(),
+        "content (digest)": content.hexdigest(),
+    }
 
 
 def check_names(held_out, trained, source):

@@ -99,6 +99,10 @@ class Samples(Dataset):
         skipped = int(self.skipped)
         return {"skipped": skipped} if skipped else {}
 
+    def fingerprint(self):
+        """What must not change between a run and its --resume: see sources.fingerprint."""
+        return sources.fingerprint(self.source)
+
     def pictures(self, count):
         """The batch of `count` samples spread evenly over the set, to draw pictures of."""
         return self.__getitems__([(-1, index) for index in batches.spread(len(self), count)])

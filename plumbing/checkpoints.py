@@ -200,12 +200,12 @@ def keep_as_previous(out):
     os.replace(spare, previous)
 
 
-def resume(out, kind, args, model, optimizer, scaler):
+def resume(out, kind, args, model, optimizer, scaler, extra):
     """Load OUT's newest whole checkpoint into model, optimizer and scaler; return the checkpoint.
 
-    If checkpoint.pt is damaged, says so on stderr and takes previous.pt. Raises ValueError if
-    neither is whole, or naming a setting that differs from the interrupted run's; those in
-    FREE_TO_CHANGE may differ.
+    extra: see check_unchanged. If checkpoint.pt is damaged, says so on stderr and takes
+    previous.pt. Raises ValueError if neither is whole, or naming a setting that differs from the
+    interrupted run's, except those in FREE_TO_CHANGE, or what of its data has changed.
     """
     damage = []
     for name in CHECKPOINTS:
@@ -218,16 +218,34 @@ def resume(out, kind, args, model, optimizer, scaler):
     else:
         raise ValueError(f"--resume: {'; '.join(damage)}")
     if damage and not (dist.is_initialized() and dist.get_rank()):
-        print(f"{damage[0]}: going on from {name}, step {state['step']}", file=sys.stderr)
+        print(f"{damage[0]}: continuing from {name}, step {state['step']}", file=sys.stderr)
     for name, value in vars(args).items():
         old = state["arguments"].get(name)
         if name not in FREE_TO_CHANGE and old != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume: {flag} is {value}, but {out} was started with {old}")
+    check_unchanged(out, state, extra)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state
+
+
+def check_unchanged(out, saved, extra):
+    """Check that a run is resumed on what it was started with.
+
+    saved: its checkpoint; extra: what the checkpoint would hold if it were started now. Raises
+    ValueError naming what of its training data or its tokenizer has changed.
+    """
+    before, now = saved.get("data", {}), extra["data"]
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"--resume: the {name} of the training data changed since {out} was started: "
+                f"{str(before[name])[:80]} then, {str(value)[:80]} now"
+            )
+    if saved.get("predicts", extra.get("predicts")) != extra.get("predicts"):
+        raise ValueError(f"--resume: {out} was started with another tokenizer of the same path")
 
 
 def arguments(out):

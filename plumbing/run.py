@@ -19,20 +19,21 @@ class Run:
 
     args: the command line; kind: the checkpoints' kind; model, optimizer: as they are saved;
     extra: further entries of a checkpoint, {name: value}; modules are saved as state dicts.
-    held_out: the set to evaluate on, for the line that says how many images there are.
+    train_set, held_out: the data sets, of which the first must not change until --resume.
     Raises ValueError if the batch does not divide, if --out is in use or not empty, or if --resume
-    finds no whole checkpoint or other settings.
+    finds no whole checkpoint, other settings or other data.
     """
 
-    def __init__(self, args, kind, process, model, optimizer, steps, extra, held_out):
+    def __init__(self, args, kind, process, model, optimizer, steps, extra, train_set, held_out):
         self.batch_size = processes.rank_batch(args.batch_size, args.accumulate, process.world)
         self.args, self.kind, self.process, self.total = args, kind, process, steps
-        self.saved, self.extra = (model, optimizer, process.scaler), extra
+        self.saved = model, optimizer, process.scaler
+        self.extra = {**extra, "data": train_set.fingerprint()}
         self.held_out, self.warn = held_out, None
         self.out = checkpoints.open_output(args, process.rank)
         self.resumed, self.first = None, 0  # the checkpoint that it resumes, the first step to do
         if args.resume:
-            self.resumed = checkpoints.resume(self.out, kind, args, *self.saved)
+            self.resumed = checkpoints.resume(self.out, kind, args, *self.saved, self.extra)
             self.first = self.resumed["step"]
         else:
             self.save(0)  # an --out that cannot be written to fails now

@@ -150,3 +150,42 @@ def test_iou_of_each_class_is_in_the_log(made):
     )
     assert finetune_seg.class_iou(matrix)[:2].tolist() == pytest.approx([50, 50])
     assert finetune_seg.class_iou(matrix)[2].isnan()
+
+
+def test_a_run_is_not_resumed_on_other_data(arrays, made, tmp_path, monkeypatch):
+    """Images inverted or removed, labels permuted, classes renamed: the line names which."""
+    content = dict(np.load(arrays))
+    changes = {
+        "content": {"train_images": 255 - content["train_images"]},
+        "number of images": {
+            name: content[name][:-1] for name in ("train_images", "train_labels", "train_masks")
+        },
+        "labels": {"train_labels": content["train_labels"][::-1]},
+        "class names": {"classes": np.array(["a", "b", "c", "d"])},
+    }
+    data = tmp_path / "set.npz"
+    np.savez(data, **content)
+    flags = [*script_flags("cls", arrays, made), "--data", str(data)]
+    finetune_cls.main([*flags, "--out", str(tmp_path / "run")])
+    for name, change in changes.items():
+        np.savez(data, **content | change)
+        checkpoints.LOCKS.clear()
+        with pytest.raises(ValueError, match=f"the {name}.* of the training data changed"):
+            finetune_cls.main(["--resume", "--out", str(tmp_path / "run")])
+    np.savez(data, **content)
+    checkpoints.LOCKS.clear()
+    finetune_cls.main(["--resume", "--out", str(tmp_path / "run")])
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer(arrays, made, tmp_path):
+    """The file under --tokenizer is replaced by another training's: one line."""
+    tokenizer = tmp_path / "tokenizer.pt"
+    tokenizer.write_bytes((made / "tokenizer" / "checkpoint.pt").read_bytes())
+    flags = [*script_flags("beit", arrays, made), "--tokenizer", str(tokenizer)]
+    pretrain.main([*flags, "--out", str(tmp_path / "run")])
+    other = script_flags("tokenizer", arrays, made)
+    train_tokenizer.main([*other, "--seed", "5", "--out", str(tmp_path / "other")])
+    tokenizer.write_bytes((tmp_path / "other" / "checkpoint.pt").read_bytes())
+    checkpoints.LOCKS.clear()
+    with pytest.raises(ValueError, match="another tokenizer of the same path"):
+        pretrain.main(["--resume", "--out", str(tmp_path / "run")])

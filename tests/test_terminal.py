@@ -31,6 +31,9 @@ class Pictures(list):
     def problems(self):
         return {}
 
+    def fingerprint(self):
+        return {}
+
 
 class Loader(list):
     """Batches that are all empty."""
@@ -51,7 +54,7 @@ def make_run(out, steps=6, process=processes.Process(), config=Config(), **setti
     model.config = config
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = types.SimpleNamespace(**args | settings)
-    return Run(args, "toy", process, model, optimizer, steps, {}, held_out=Pictures(20))
+    return Run(args, "toy", process, model, optimizer, steps, {}, Pictures(), Pictures(20))
 
 
 def train(run, measure=lambda: {"mim_loss": 3.25}, draw=None, warn=None):
