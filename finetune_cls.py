@@ -151,7 +151,7 @@ def main(argv=None):
     model.to(process.device).recompute = args.recompute
     measure = functools.partial(evaluate, model, held_out, args, normalise, process)
     if args.eval:
-        return evaluate_only(args, process, measure)
+        return evaluate_only(args, process, held_out, measure)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)

@@ -204,7 +204,7 @@ def main(argv=None):
     measure = functools.partial(evaluate, model, held_out, args, normalise, process)
     draw = functools.partial(draw_pictures, model, held_out, normalise, process)
     if args.eval:
-        return evaluate_only(args, process, measure, draw)
+        return evaluate_only(args, process, held_out, measure, draw)
     batches.steps_per_epoch(len(train_set), args.batch_size)  # refuses too large a batch
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)

@@ -260,7 +260,6 @@ def build(args, tokenizer, predicts):
     """The model of the recipe, with the weights of --init if there are any.
 
     predicts: what its head predicts, a digest of the tokenizer or the name of the pixel target.
-
     Raises ValueError on unknown names, and unless there is one token per patch.
     """
     choices = {"target": TARGETS, "recover": RECOVER, "normalise": batches.NORMALISE}
@@ -271,6 +270,7 @@ def build(args, tokenizer, predicts):
     if args.init:
         kinds = KIND, "classification", "segmentation"
         init = published.load_pretrained(args.init, *kinds, normalise=args.normalise)
+        published.note_size(init, args.image_size)
         config = replace(BeitConfig(**init["config"]), **changes)
     else:
         if args.layer_scale is not None:
@@ -337,7 +337,7 @@ def main(argv=None):
     measure = functools.partial(evaluate, model, tokenizer, held_out, args, process)
     draw = functools.partial(draw_pictures, model, tokenizer, held_out, args, process)
     if args.eval:
-        return evaluate_only(args, process, measure, draw)
+        return evaluate_only(args, process, held_out, measure, draw)
     train_set = dataset(args, "train", model.config.grid, True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
     steps, warmup = schedules.duration(args, per_epoch)

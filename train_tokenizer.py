@@ -137,7 +137,7 @@ def main(argv=None):
     if args.eval:
         measure = functools.partial(evaluate, model, held_out, args, process)
         draw = functools.partial(draw_pictures, model, held_out)
-        return evaluate_only(args, process, measure, draw)
+        return evaluate_only(args, process, held_out, measure, draw)
     train_set = dataset(args, "train", True)
     batches.steps_per_epoch(len(train_set), args.batch_size)  # refuses too large a batch
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}

@@ -5,7 +5,7 @@ import math
 import torch
 
 from images import augment, sets, sources, views
-from plumbing import noise
+from plumbing import log, noise
 
 
 class LabelledViews(views.Crops):
@@ -91,6 +91,7 @@ def open_sets(args, normalise):
     train_set = LabelledViews(args, source, len(classes), True, normalise)
     if args.labels_per_class:
         train_set.source = sources.balanced_subset(source, args.labels_per_class, args.seed)
+        log.note(f"training on {len(train_set):,} of {len(source):,} images (--labels-per-class)")
     held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
     sources.check_names(held_out.classes, classes, held_out)
     return train_set, held_out_set, classes

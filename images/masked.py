@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from images import augment, batches, sets, sources, views
-from plumbing import noise
+from plumbing import log, noise
 
 
 class MaskedImages(views.Samples):
@@ -89,14 +89,14 @@ class MaskedImages(views.Samples):
         return [images.round().clamp(0, 255).byte(), masks[:, 0].byte()]
 
     def pictures(self, count):
-        """Top left crops (B, 3, S, S) and (B, S, S) of `count` samples spread evenly over the set.
+        """Centre crops (B, 3, S, S) and (B, S, S) of `count` samples spread evenly over the set.
 
         Images may differ in size.
         """
         size = self.args.image_size
         keys = [(-1, index) for index in batches.spread(len(self), count)]
         samples = [self.__getitems__([key]) for key in keys]
-        crops = ([part[..., :size, :size] for part in parts] for parts in zip(*samples))
+        crops = ([centre(part, size) for part in parts] for parts in zip(*samples))
         return [torch.cat(parts) for parts in crops]
 
 
@@ -157,6 +157,12 @@ def random_crop(image, mask, size, rng):
     return image[window], crop
 
 
+def centre(images, size):
+    """The centred square of (..., H, W): (..., size, size)."""
+    top, left = ((side - size) // 2 for side in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
+
+
 def colours(masks):
     """A colour for each class: (B, H, W) -> (B, 3, H, W) in [0, 1].
 
@@ -175,6 +181,13 @@ def open_sets(args, normalise):
     train_set = MaskedImages(args, source, len(source.mask_classes), normalise, True)
     if args.train_images:
         train_set.source = sources.random_subset(source, args.train_images, args.seed)
+        log.note(f"training on {len(train_set):,} of {len(source):,} images (--train-images)")
+    if not (train_set.one_size or args.short_side):
+        side = args.image_size
+        log.note(
+            f"images keep their own size, and the model sees {side} x {side} pixels of them: "
+            f"--short-side {side} shows it whole images"
+        )
     held_out = open_held_out(args, normalise, source.mask_classes)
     return train_set, held_out, source.mask_classes
 

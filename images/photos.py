@@ -170,7 +170,8 @@ def survey(paths):
     depth = max(largest.bit_length(), 8) if deep else FULL_DEPTH
     texts = {
         "turned": "turned upright by their EXIF orientation",
-        "large": "JPEGs of over a megapixel, decoded at 1/2, 1/4 or 1/8 where the view allows it",
+        "large": "JPEGs of over a megapixel, decoded at 1/2, 1/4 or 1/8 where the view allows it "
+        "(in full with masks)",
         "colour": "in colour with 16 bits, of which Pillow reads the upper 8",
         "several": "of several frames, of which the first is read",
     }

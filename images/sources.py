@@ -188,7 +188,8 @@ def balanced_subset(source, per_class, seed):
         of_class = np.flatnonzero(source.labels == c)
         if len(of_class) < per_class:
             raise ValueError(
-                f"{source.name}: class {name!r} has {len(of_class)} images, not {per_class}"
+                f"{source.name}: class {name!r} has {len(of_class)} images, not {per_class}: "
+                "lower --labels-per-class (0: all)"
             )
         chosen.append(rng.choice(of_class, per_class, replace=False))
     return subset(source, np.sort(np.concatenate(chosen)))
@@ -197,7 +198,10 @@ def balanced_subset(source, per_class, seed):
 def random_subset(source, count, seed):
     """A random subset of `count` images. Raises ValueError if the source has fewer."""
     if count > len(source):
-        raise ValueError(f"{source.name}: it has {len(source)} images, not {count}")
+        raise ValueError(
+            f"{source.name}: it has {len(source)} images, not {count}: "
+            "lower --train-images (0: all)"
+        )
     chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
     return subset(source, np.sort(chosen))
 

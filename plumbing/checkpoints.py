@@ -250,12 +250,16 @@ def check_unchanged(out, saved, extra):
 
 def arguments(out):
     """The command line, {flag: value}, of the run in the folder OUT; None without a checkpoint."""
-    for name in CHECKPOINTS:
-        try:
-            return weights.read(Path(out) / name)["arguments"]
-        except (ValueError, KeyError, TypeError):  # absent, damaged or foreign: resume() says so
-            continue
-    return None
+    found = (arguments_of(Path(out) / name) for name in CHECKPOINTS)
+    return next((saved for saved in found if saved), None)
+
+
+def arguments_of(path):
+    """The command line, {flag: value}, in a checkpoint; {} if it is absent, damaged or foreign."""
+    try:
+        return dict(weights.read(path)["arguments"])
+    except (ValueError, KeyError, TypeError):  # whoever loads it says what is wrong
+        return {}
 
 
 # -------------------------------------------------------- loading

@@ -117,6 +117,12 @@ def workers(text):
     return int(text)
 
 
+SIZES = ("image_size", "token_size")
+EVALUATION = (
+    "short_side", "long_side", "eval_crop",
+    "masking", "mask_ratio", "min_block", "target", "recover",
+)  # fmt: skip
+
 # Ranges of recipe numbers, beyond being finite and not negative.
 POSITIVE = {
     "image_size", "token_size", "vocab_size", "hidden", "groups", "blocks_per_group", "code_dim",
@@ -146,9 +152,9 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     """Parse the command line and fill in the recipe's column. Exits with status 2 on bad input.
 
     With --resume, flags that are not given are those of the run in --out. size_of_init: recipes
-    whose image size is that of --init's checkpoint unless it is given; image_size is then None.
+    whose image size is that of --init unless it is given; for weights without arguments it is None.
     """
-    remember_flags(parser, argv)
+    remember_flags(parser, argv, size_of_init or COLUMNS)
     args = parser.parse_args(argv)
     if args.recipe not in COLUMNS:
         parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
@@ -162,7 +168,7 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     for name, row in recipes.items():
         if getattr(args, name) is None:
             if name == "image_size" and args.recipe in size_of_init and args.init != "random":
-                continue
+                continue  # weights without arguments: their configuration has it
             setattr(args, name, row[COLUMNS.index(args.recipe)])
         value = getattr(args, name)
         if value is None:
@@ -178,15 +184,27 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     return args
 
 
-def remember_flags(parser, argv):
-    """--resume --out OUT: take the flags that are not given from OUT's checkpoint."""
+def remember_flags(parser, argv, size_of_init):
+    """Take flags that are not given from a checkpoint: with --resume all, with --init the sizes.
+
+    size_of_init: recipes whose sizes are those of --init. With --eval, the settings of evaluation
+    are those of --init too.
+    """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    known.add_argument("--resume", action="store_true")
-    known.add_argument("--out")
+    for flag in ("--resume", "--eval"):
+        known.add_argument(flag, action="store_true")
+    for flag in ("--out", "--init", "--recipe"):
+        known.add_argument(flag)
     try:
         given, _ = known.parse_known_args(argv)
     except argparse.ArgumentError:  # the parser itself will say what is wrong
         return
+    if given.init and Path(given.init).is_file() and not given.resume:
+        names = SIZES if (given.recipe or "demo") in size_of_init else ()
+        names += EVALUATION if given.eval else ()
+        saved = checkpoints.arguments_of(given.init)
+        flags = {action.dest for action in parser._actions}
+        parser.set_defaults(**{name: saved[name] for name in flags & saved.keys() & {*names}})
     if not (given.resume and given.out):
         return
     if not any((Path(given.out) / name).exists() for name in checkpoints.CHECKPOINTS):

@@ -153,7 +153,15 @@ def load_init(args, *kinds):
     if args.init == "random":
         return None, "half" if args.normalise == "auto" else args.normalise
     init = load_pretrained(args.init, *kinds, normalise=args.normalise)
+    note_size(init, args.image_size)
     return init, init["normalise"]
+
+
+def note_size(init, image_size):
+    """Say that positions will be interpolated, if the weights are for another image size."""
+    old = init["config"]["image_size"]
+    if image_size not in (None, old):
+        log.note(f"positions are interpolated: the weights are for {old} pixels, not {image_size}")
 
 
 def load_pretrained(path, *kinds, normalise="auto"):

@@ -166,7 +166,7 @@ def grid_text(config, image_size):
     return f"{image_size} x {image_size} pixels, {cells**2:,} {name}"
 
 
-def evaluate_only(args, process, measure, draw=None):
+def evaluate_only(args, process, held_out, measure, draw=None):
     """--eval: print the numbers of measure() and draw(OUT) the pictures, if there is an --out.
 
     Raises ValueError, before anything is measured, if --out is not an empty folder, or is of no
@@ -179,6 +179,8 @@ def evaluate_only(args, process, measure, draw=None):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"--out {out} is not an empty folder: choose a new one")
         out.mkdir(parents=True, exist_ok=True)
+    images = f"{min(len(held_out), args.eval_images):,} of {len(held_out):,} images"
+    note(f"evaluating on {images} of {args.data}, {args.image_size} x {args.image_size} pixels")
     Log(None, process.rank, 0).final(**measure())
     if out and process.rank == 0:
         draw(out)

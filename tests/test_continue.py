@@ -189,3 +189,30 @@ def test_a_run_is_not_resumed_with_another_tokenizer(arrays, made, tmp_path):
     checkpoints.LOCKS.clear()
     with pytest.raises(ValueError, match="another tokenizer of the same path"):
         pretrain.main(["--resume", "--out", str(tmp_path / "run")])
+
+
+def test_weights_are_looked_at_as_they_were_trained(arrays, made, capsys):
+    """--eval takes sizes and settings of evaluation from --init, not the recipe's 24 pixels."""
+    plain = ["--data", arrays, "--device", "cpu", "--amp", "off", "--batch-size", "8"]
+    tokenizer = ["--tokenizer", checkpoint(made, "tokenizer")]
+    for stage, name in (("tokenizer", "reconstruction_mse"), ("beit", "mim_loss"), ("seg", "miou")):
+        more = tokenizer if stage == "beit" else []
+        MODULES[stage].main(["--eval", "--init", checkpoint(made, stage), *plain, *more])
+        said = capsys.readouterr().out
+        assert "16 images of" in said and "16 x 16 pixels" in said
+        final = log.read_metrics(made / stage)[-1]
+        assert numbers(said, [name])[name] == pytest.approx(final[name], rel=1e-4)
+
+
+def test_pretraining_continues_at_the_checkpoints_size_unless_told(arrays, made, tmp_path, capsys):
+    """Without sizes --init keeps its 16 pixels; other sizes interpolate positions, in a line."""
+    tokenizer = ["--tokenizer", checkpoint(made, "tokenizer"), "--min-block", "2"]
+    flags = [*COMMON, "--data", arrays, *tokenizer, "--init", checkpoint(made, "beit")]
+    flags += ["--epochs", "1", "--warmup-epochs", "0"]
+    pretrain.main([*flags, "--out", str(tmp_path / "same")])
+    said = capsys.readouterr().out
+    assert "16 x 16 pixels, 16 patches" in said and "interpolated" not in said
+    sizes = ["--image-size", "24", "--token-size", "24"]
+    pretrain.main([*flags, *sizes, "--out", str(tmp_path / "larger")])
+    line = "positions are interpolated: the weights are for 16 pixels, not 24\n"
+    assert line in capsys.readouterr().out

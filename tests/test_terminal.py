@@ -222,16 +222,19 @@ def test_warning_is_printed_once(bad, tmp_path, capsys):
 def test_evaluate_only_prints_the_numbers_and_draws(tmp_path, capsys):
     """--eval with --out: the folder exists before the measurement; without it nothing is drawn."""
     out, drawn = tmp_path / "a" / "look", []
-    process, args = processes.Process(), types.SimpleNamespace(out=str(out))
+    process, held_out = processes.Process(), Pictures(20)
+    args = types.SimpleNamespace(out=str(out), eval_images=5, image_size=12, data="photos")
 
     def measure():
         return {"folder": out.is_dir(), "top1": 12.3456789}
 
-    assert evaluate_only(args, process, measure, drawn.append) is None
-    assert drawn == [out] and capsys.readouterr().out == "folder 1  top1 12.346\n"
-    evaluate_only(types.SimpleNamespace(out=None), process, measure, drawn.append)
+    assert evaluate_only(args, process, held_out, measure, drawn.append) is None
+    first = "evaluating on 5 of 20 images of photos, 12 x 12 pixels\n"
+    assert drawn == [out] and capsys.readouterr().out == first + "folder 1  top1 12.346\n"
     with pytest.raises(ValueError, match="draws no pictures of a classifier: leave out --out"):
-        evaluate_only(types.SimpleNamespace(out=str(tmp_path)), process, measure)
+        evaluate_only(args, process, held_out, measure)
+    args.out = None
+    evaluate_only(args, process, held_out, measure, drawn.append)
     assert drawn == [out]
 
 
@@ -242,7 +245,7 @@ def test_evaluate_only_refuses_a_folder_that_is_not_empty(name, tmp_path):
     (tmp_path / "full" / "file").write_text("keep me")
     args = types.SimpleNamespace(out=str(tmp_path / name))
     with pytest.raises(ValueError, match=f"--out .*{name} is not an empty folder"):
-        evaluate_only(args, processes.Process(), lambda: pytest.fail("measured"), print)
+        evaluate_only(args, processes.Process(), [], lambda: pytest.fail("measured"), print)
     assert (tmp_path / "full" / "file").read_text() == "keep me"
 
 
