@@ -115,6 +115,7 @@ def main(argv=None):
     if args.size < 1:
         raise ValueError(f"--size {args.size} must be at least 1 pixel")
     train = sets.open_source(args.source, "train", args.data_dir)
+    train.check()
     destination.parent.mkdir(parents=True, exist_ok=True)
     # The destination appears only when it is complete.
     with tempfile.TemporaryDirectory(dir=destination.parent) as temporary:

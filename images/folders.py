@@ -188,8 +188,8 @@ def masked_source(root, split):
     """Files of one split with masks: ROOT/images/<path>.jpg and ROOT/annotations/<path>.png.
 
     ROOT/classes.txt names the classes 0, 1, ...; without it 0 is ignored and 1 to 150 are the
-    classes, as in ADE20K. Raises ValueError for an image without annotation, a mask value that is
-    no class, and masks that leave fewer than two classes.
+    classes, as in ADE20K. Raises ValueError for an image without annotation. The values of masks
+    are checked by whoever uses them: see sources.Files.check.
     """
     images, classes = root / "images", read_classes(root)
 
@@ -203,7 +203,7 @@ def masked_source(root, split):
             if not mask.is_file():
                 raise ValueError(f"{mask} is missing: every image needs an annotation of its name")
         surveyed = surveyed_files(images, MASK_SPLITS, pool)
-        check_values(root, tuple(map(mask_of, surveyed)), classes and len(classes))
+        checked = tuple(map(mask_of, surveyed))
         return sources.Files(
             str(pool),
             paths,
@@ -211,6 +211,7 @@ def masked_source(root, split):
             mask_classes=classes or [str(c) for c in range(ADE_CLASSES)],
             first_class=0 if classes else 1,
             depth=say_survey(root, surveyed),
+            mask_check=functools.partial(check_values, root, checked, classes and len(classes)),
         )
 
     return open_split(images, split, MASK_SPLITS, make)
@@ -242,13 +243,16 @@ def check_values(root, masks, classes):
     """Check the values of a set's first masks, and say how they are read.
 
     masks: a tuple of paths. classes: the number in classes.txt, or None for ADE20K's convention.
+    Raises ValueError if they cannot be read as class numbers, all of them or by their values.
     """
-    values = set()
+    values, errors = set(), []
     for mask in masks:
         try:
             values |= set(np.unique(photos.read_mask(mask)).tolist())
-        except ValueError:  # reading it in training or evaluation says so
-            continue
+        except ValueError as error:  # a single one is named when it is read
+            errors.append(error)
+    if errors and not values:
+        raise errors[0]
     last = classes - 1 if classes else ADE_CLASSES
     wrong = sorted(v for v in values if v > last and not (classes and v == sources.IGNORE))
     left = values - ({sources.IGNORE} if classes else {0, *wrong})

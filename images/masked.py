@@ -24,6 +24,7 @@ class MaskedImages(views.Samples):
                 "shapes and fashion-scenes have them"
             )
         super().__init__(source, train, args.seed)
+        source.check()
         self.args, self.classes = args, classes
         self.padding = augment.mean_colour(normalise)
         self.one_size = isinstance(source, sources.Arrays)

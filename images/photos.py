@@ -13,6 +13,8 @@ import warnings
 import numpy as np
 import torch
 
+from plumbing import log
+
 LARGE = 2**20  # pixels: smaller images are never decoded at a reduced scale
 SCALES = 8, 4, 2  # a JPEG can be decoded at 1/8, 1/4 or 1/2
 MARGIN = 1.25  # pixels to keep for each of a view: with fewer, views differ by up to 2 of 255
@@ -105,9 +107,21 @@ class Photo:
         image = self.load(scale)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
             shift = max(self.depth - 8, 0)
-            grey = (np.array(image).astype(np.int64) >> shift).clip(0, 255).astype(np.uint8)
+            grey = np.array(image).astype(np.int64) >> shift
+            if grey.max(initial=0) > 255:
+                say_clipped(self.depth)
+            grey = grey.clip(0, 255).astype(np.uint8)
             return np.repeat(grey[None, ..., None], 3, axis=3)
         return np.array(image.convert("RGB"))[None]
+
+
+@functools.cache  # once in each process
+def say_clipped(depth):
+    """Say that an image has brighter pixels than its set's first images, which set the range."""
+    log.note(
+        f"16-bit images have values above {2**depth - 1}, the range of the set's first images: "
+        "they become white"
+    )
 
 
 def read_mask(path):
@@ -151,7 +165,8 @@ def survey(paths):
 
     paths: a tuple of image files. Files that cannot be read are left out, and without Pillow all.
     """
-    deep, largest, counts = 0, 0, dict.fromkeys(("turned", "large", "colour", "several"), 0)
+    names = "turned", "large", "colour", "several", "clear"
+    deep, largest, counts = 0, 0, dict.fromkeys(names, 0)
     for path in paths:
         try:
             photo = Photo(path)
@@ -160,6 +175,7 @@ def survey(paths):
             counts["large"] += photo.is_jpeg and math.prod(photo.size) >= LARGE
             several = image.format != "MPO" and getattr(image, "is_animated", False)
             counts["several"] += several
+            counts["clear"] += "A" in image.mode or "transparency" in image.info
             if image.mode.startswith("I"):
                 largest = max(largest, int(np.max(photo.load())))
                 deep += 1
@@ -174,6 +190,7 @@ def survey(paths):
         "(in full with masks)",
         "colour": "in colour with 16 bits, of which Pillow reads the upper 8",
         "several": "of several frames, of which the first is read",
+        "clear": "with transparency, which is dropped: the colours below it show",
     }
     found = [f"{count} {texts[name]}" for name, count in counts.items() if count]
     if deep:

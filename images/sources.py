@@ -48,6 +48,9 @@ class Arrays:
     def __len__(self):
         return len(self.images)
 
+    def check(self):
+        """The masks' type and shape were checked when this was made: see Files.check."""
+
     def read(self, indices):
         """uint8 images (B, H, W, 3); grey images get three equal channels."""
         images = np.array(self.images[indices])
@@ -89,6 +92,7 @@ class Files:
 
     paths: the images; labels: n integers or None; masks: paths of the annotations or None.
     first_class: mask value of class 0; a value below it is ignored. depth: see photos.Photo.
+    mask_check: a function that raises ValueError if the masks cannot be used.
     """
 
     def __init__(
@@ -101,14 +105,20 @@ class Files:
         mask_classes=(),
         first_class=0,
         depth=photos.FULL_DEPTH,
+        mask_check=None,
     ):
         self.name, self.paths, self.masks = name, paths, masks
         self.labels = None if labels is None else np.asarray(labels, np.int64)
         self.classes, self.mask_classes = list(classes), list(mask_classes)
-        self.first_class, self.depth = first_class, depth
+        self.first_class, self.depth, self.mask_check = first_class, depth, mask_check
 
     def __len__(self):
         return len(self.paths)
+
+    def check(self):
+        """Raise ValueError if the masks cannot be used: for whoever uses them."""
+        if self.mask_check:
+            self.mask_check()
 
     def open(self, indices):
         """The photos.Photo at the one index. Raises ValueError naming a file without a header."""

@@ -239,6 +239,7 @@ def test_without_classes_txt_masks_are_ade20k(pillow, tmp_path, capsys):
     folder = masked_folder(pillow, tmp_path, [0, 1, 2])
     for split in ("train", "val"):
         source = sets.open_source(folder, split)
+        source.check()
         assert set(np.unique(source.read_masks([0]))) == {0, 1, 255}
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "read as ADE20K's: 0 is ignored" in said
@@ -264,7 +265,7 @@ def test_masks_that_are_misread_are_refused(case, pillow, tmp_path):
     values, classes, says = MASKS[case]
     folder = masked_folder(pillow, tmp_path, values, classes)
     with pytest.raises(ValueError) as refused:
-        sets.open_source(folder, "train")
+        sets.open_source(folder, "train").check()
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -279,6 +280,35 @@ def test_masks_without_splits_and_in_colour(pillow, tmp_path):
     save_all(pillow, tmp_path / "annotations", {"0.png": np.zeros((8, 8, 3), np.uint8)})
     with pytest.raises(ValueError, match="0.png is a colour image"):
         photos.read_mask(tmp_path / "annotations" / "0.png")
+
+
+def test_images_of_a_set_with_unusable_masks_can_be_used(pillow, tmp_path):
+    """A tokenizer needs no masks: 0/255 masks do not stop it."""
+    folder = masked_folder(pillow, tmp_path, [0, 255])
+    assert sets.open_source(folder, "train").read([0]).ndim == 4
+
+
+def test_colour_masks_are_found_at_the_start(pillow, tmp_path):
+    """If no mask can be read as class numbers, the first is named before any training."""
+    for part, shape in (("images", (8, 8, 3)), ("annotations", (8, 8, 3))):
+        pictures = {f"{index}.png": np.zeros(shape, np.uint8) for index in range(9)}
+        save_all(pillow, tmp_path / part, pictures)
+    (tmp_path / "classes.txt").write_text("background\nobject\n")
+    with pytest.raises(ValueError, match="png is a colour image"):
+        sets.open_source(str(tmp_path), "train").check()
+
+
+def test_brighter_16_bit_images_and_transparency_are_said(pillow, tmp_path, capsys):
+    """Values above the range of the first images, and colours below transparency: a line each."""
+    deep = np.full((8, 8), 60_000, np.uint16)
+    save_all(pillow, tmp_path / "deep", {"a.png": deep})
+    photos.say_clipped.cache_clear()
+    assert (photos.Photo(tmp_path / "deep" / "a.png", depth=12).pixels() == 255).all()
+    assert "16-bit images have values above 4095" in capsys.readouterr().out
+    clear = {f"{index}.png": np.zeros((8, 8, 4), np.uint8) for index in range(3)}
+    save_all(pillow, tmp_path / "clear", clear)
+    sets.open_source(str(tmp_path / "clear"), "train")
+    assert "3 with transparency, which is dropped" in capsys.readouterr().out
 
 
 # -------------------------------------------------------- samples, workers, conversion
