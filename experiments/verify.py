@@ -123,7 +123,8 @@ def as_we_read(theirs, folder):
     """The state dict of a model of transformers, which saves it in `folder` for us to load."""
     theirs.save_pretrained(folder)
     path = folder / "model.safetensors"
-    return published.load_pretrained(path, "pretraining", "classification")["model"]
+    kinds = "pretraining", "classification"
+    return published.load_pretrained(path, *kinds, normalise="half")["model"]
 
 
 def against_transformers(size, positions):
