@@ -212,6 +212,9 @@ def remember_flags(parser, argv, size_of_init):
     saved = checkpoints.arguments(given.out)
     if saved is not None:
         flags = {action.dest for action in parser._actions}
+        if others := sorted(saved.keys() - flags):
+            flag = others[0].replace("_", "-")
+            parser.error(f"--resume: {given.out} is a run of another script, with a flag --{flag}")
         parser.set_defaults(**{name: saved[name] for name in flags & saved.keys()})
         for action in parser._actions:
             action.required = False

@@ -315,8 +315,9 @@ def main(argv=None):
     state = found["model"]
     print(f"{found['kind']}, {sum(value.numel() for value in state.values()):,} parameters")
     print("  ".join(f"{name} {value}" for name, value in found["config"].items()))
-    print(f"normalise {found['normalise']}" + (f"  {len(found['classes'])} classes: "
-          f"{', '.join(found['classes'][:5])} ..." if found.get("classes") else ""))  # fmt: skip
+    print(f"normalise {found['normalise']}")
+    if classes := found.get("classes"):
+        print(f"{len(classes)} classes: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}")
     if args.destination is None:
         return
     if args.names == "transformers":

@@ -216,3 +216,11 @@ def test_pretraining_continues_at_the_checkpoints_size_unless_told(arrays, made,
     pretrain.main([*flags, *sizes, "--out", str(tmp_path / "larger")])
     line = "positions are interpolated: the weights are for 16 pixels, not 24\n"
     assert line in capsys.readouterr().out
+
+
+def test_a_run_of_another_script_is_not_resumed(made, capsys):
+    """pretrain.py --resume in a tokenizer's folder: one line that says so, not a missing flag."""
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(["--resume", "--out", str(made / "tokenizer")])
+    error = capsys.readouterr().err
+    assert "is a run of another script" in error and error.count("\n") == 1
