@@ -27,33 +27,33 @@ from plumbing import command_line, noise, processes, published, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, base, large, help). base and large: the paper's appendix, ImageNet-1K.
-    "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path (docs/data.md)"),
-    "image_size": (24, 28, 224, 224, "pixels; default: --init's. Positions are interpolated"),
-    "labels_per_class": (100, 100, 0, 0, "train on a balanced subset drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "base", "large", "size for --init random; a checkpoint has its own"),
-    "drop_path": (0.0, 0.0, 0.1, 0.2, "stochastic depth"),
+    # name: (demo, fashion, photos, base, large, help). base, large: the paper's, ImageNet-1K.
+    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "a data set (docs/data.md)"),
+    "image_size": (24, 28, 112, 224, 224, "pixels; default: --init's. Positions are interpolated"),
+    "labels_per_class": (100, 100, 100, 0, 0, "balanced subset drawn by the seed; 0: all"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "size for --init random"),
+    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "stochastic depth"),
     # augmentation
-    "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area kept by a crop; 1: no crop"),
-    "flip": (True, False, True, True, "mirror half of the images"),
-    "randaugment": (0.0, 0.0, 9.0, 9.0, "magnitude 0 to 10 of two random operations; 0: none"),
-    "erasing": (0.0, 0.0, 0.25, 0.25, "probability of random erasing"),
-    "mixup": (0.0, 0.0, 0.8, 0.8, "alpha of mixup; 0: none"),
-    "cutmix": (0.0, 0.0, 1.0, 1.0, "alpha of cutmix; 0: none; with mixup, half of the steps each"),
-    "smoothing": (0.1, 0.1, 0.1, 0.1, "label smoothing"),
-    "eval_crop": (1.0, 1.0, 224 / 256, 224 / 256, "share of the short side to evaluate on"),
+    "min_crop": (1.0, 1.0, 0.35, 0.08, 0.08, "least share of the area in a crop; 1: no crop"),
+    "flip": (True, False, True, True, True, "mirror half of the images"),
+    "randaugment": (0.0, 0.0, 0.0, 9.0, 9.0, "magnitude 0 to 10 of two random operations; 0: none"),
+    "erasing": (0.0, 0.0, 0.0, 0.25, 0.25, "probability of random erasing"),
+    "mixup": (0.0, 0.0, 0.0, 0.8, 0.8, "alpha of mixup; 0: none"),
+    "cutmix": (0.0, 0.0, 0.0, 1.0, 1.0, "alpha; 0: none; with mixup, half the steps each"),
+    "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "label smoothing"),
+    "eval_crop": (1.0, 1.0, 1.0, 224 / 256, 224 / 256, "share of the short side to evaluate on"),
     # optimisation
-    "epochs": (15.0, 10.0, 100.0, 50.0, "passes over the labelled images"),
-    "warmup_epochs": (1.5, 1.0, 20.0, 5.0, "epochs of linear warm-up"),
-    "batch_size": (40, 50, 1024, 1024, "images per step of all processes; scale lr with it"),
-    "lr": (1e-3, 1e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
-    "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),
-    "layer_decay": (0.75, 0.75, 0.65, 0.75, "lr factor per layer below the head; 1: no decay"),
-    "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
-    "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
-    "clip": (3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 10_000, 50_000, 50_000, "largest number of held-out images to evaluate"),
-    "save_every": (1000, 1000, 1000, 1000, "steps between evaluations and checkpoints"),
+    "epochs": (15.0, 10.0, 15.0, 100.0, 50.0, "passes over the labelled images"),
+    "warmup_epochs": (1.5, 1.0, 1.5, 20.0, 5.0, "epochs of linear warm-up"),
+    "batch_size": (40, 50, 50, 1024, 1024, "images per step of all processes; scale lr with it"),
+    "lr": (1e-3, 1e-3, 1e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
+    "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),
+    "layer_decay": (0.75, 0.75, 0.75, 0.65, 0.75, "lr factor per layer below the head"),
+    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
+    "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (1000, 10_000, 10_000, 50_000, 50_000, "most held-out images to evaluate on"),
+    "save_every": (1000, 1000, 1000, 1000, 1000, "steps between evaluations and checkpoints"),
 }  # fmt: skip
 KIND = "classification"  # of its checkpoints
 SIZE_OF_INIT = command_line.COLUMNS  # recipes that take the image size of --init

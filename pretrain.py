@@ -44,35 +44,35 @@ from plumbing import schedules, weights
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, base, large, help). base and large: the paper's appendix, ImageNet-1K.
-    "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path (docs/data.md)"),
-    "image_size": (24, 28, 224, 224, "pixels of the view that is cut into patches"),
-    "token_size": (24, 28, 112, 112, "pixels of the same crop for the tokenizer"),
-    "normalise": ("half", "half", "imagenet", "imagenet", "pixel mean and std: half or imagenet"),
-    "min_crop": (1.0, 1.0, 0.08, 0.08, "smallest share of the area kept by a crop; 1: no crop"),
-    "flip": (True, True, True, True, "mirror half of the images"),
-    "jitter": (0.0, 0.0, 0.4, 0.4, "vary brightness, contrast, saturation by up to this factor"),
+    # name: (demo, fashion, photos, base, large, help). base, large: the paper's, ImageNet-1K.
+    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "a data set (docs/data.md)"),
+    "image_size": (24, 28, 112, 224, 224, "pixels of the view that is cut into patches"),
+    "token_size": (24, 28, 112, 112, 112, "pixels of the same crop for the tokenizer"),
+    "normalise": (*("half",) * 3, *("imagenet",) * 2, "pixel mean and std: half or imagenet"),
+    "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "least share of the area in a crop; 1: no crop"),
+    "flip": (True, True, True, True, True, "mirror half of the images"),
+    "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "vary brightness, contrast, saturation by this"),
     # masking and targets; table 4 has other values
-    "masking": (*("blockwise",) * 4, "blockwise, printed (Algorithm 1 exactly), random, none"),
-    "mask_ratio": (0.4, 0.4, 75 / 196, 75 / 196, "largest share of patches to mask: 75 of 196"),
-    "min_block": (4, 4, 16, 16, "smallest block, in patches"),
-    "target": (*("tokens",) * 4, "predict tokens z, or the patch's pixels or normalised-pixels"),
-    "recover": (*("masked",) * 4, "predict tokens at masked positions, or at all"),
+    "masking": (*("blockwise",) * 5, "blockwise, printed (Algorithm 1 exactly), random, none"),
+    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "largest share of patches to mask"),
+    "min_block": (4, 4, 16, 16, 16, "smallest block, in patches"),
+    "target": (*("tokens",) * 5, "predict tokens z, or the patch's pixels or normalised-pixels"),
+    "recover": (*("masked",) * 5, "predict tokens at masked positions, or at all"),
     # backbone
-    "model": ("tiny", "tiny", "base", "large", "size of the backbone: see MODELS in beit.py"),
-    "positions": ("absolute", "absolute", "shared", "shared", "absolute (E_pos), relative, shared"),
-    "drop_path": (0.0, 0.0, 0.1, 0.1, "stochastic depth"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "size: see MODELS in beit.py"),
+    "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute (E_pos), relative, shared"),
+    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.1, "stochastic depth"),
     # optimisation
-    "epochs": (16.0, 4.4, 800.0, 800.0, "passes over the training images"),
-    "warmup_epochs": (1.0, 0.3, 10.0, 10.0, "epochs of linear warm-up"),
-    "batch_size": (128, 128, 2048, 2048, "images per step of all processes; scale lr with it"),
-    "lr": (2e-3, 2e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),
-    "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, "final learning rate"),
-    "beta2": (0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
-    "weight_decay": (0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
-    "clip": (3.0, 3.0, 3.0, 1.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 5000, 5000, 5000, "largest number of held-out images to evaluate on"),
-    "save_every": (500, 500, 2500, 2500, "steps between evaluations and checkpoints"),
+    "epochs": (16.0, 4.4, 40.0, 800.0, 800.0, "passes over the training images"),
+    "warmup_epochs": (1.0, 0.3, 1.0, 10.0, 10.0, "epochs of linear warm-up"),
+    "batch_size": (128, 128, 64, 2048, 2048, "images per step of all processes; scale lr with it"),
+    "lr": (2e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),
+    "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "final learning rate"),
+    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
+    "clip": (3.0, 3.0, 3.0, 3.0, 1.0, "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (1000, 5000, 4000, 5000, 5000, "most held-out images to evaluate on"),
+    "save_every": (500, 500, 500, 2500, 2500, "steps between evaluations and checkpoints"),
 }  # fmt: skip
 
 KIND = "pretraining"  # of its checkpoints

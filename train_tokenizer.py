@@ -7,8 +7,7 @@
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train_tokenizer.py ...
 
 --batch-size is the global batch: processes x accumulation passes x images per pass.
-OUT: checkpoint.pt, metrics.jsonl, reconstructions.png (originals over reconstructions from hard
-tokens), loss.svg.
+OUT: checkpoint.pt, metrics.jsonl, loss.svg, reconstructions.png (originals over hard tokens' ones).
 """
 
 import functools
@@ -24,35 +23,35 @@ from plumbing import advice, command_line, log, noise, pictures, processes, sche
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, base, large, help). base: DALL-E's appendix A, for BEiT-large too.
-    "data": ("shapes", "fashion-mnist", None, None, "data set: a name or a path (docs/data.md)"),
-    "image_size": (24, 28, 256, 256, "pixels; the trained tokenizer takes other sizes too"),
-    "min_crop": (1.0, 1.0, 0.4, 0.4, "smallest share of the area kept by a crop; 1: no crop"),
-    "flip": (True, True, True, True, "mirror half of the images"),
+    # name: (demo, fashion, photos, base, large, help). base and large: DALL-E's appendix A.
+    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "a data set (docs/data.md)"),
+    "image_size": (24, 28, 112, 256, 256, "pixels; the trained tokenizer takes other sizes too"),
+    "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "least share of the area in a crop; 1: no crop"),
+    "flip": (True, True, True, True, True, "mirror half of the images"),
     # the networks
-    "vocab_size": (256, 512, 8192, 8192, "|V|, number of visual tokens"),
-    "hidden": (32, 48, 256, 256, "width of the first group of residual blocks"),
-    "groups": (3, 3, 4, 4, "groups of blocks: 2, 3 or 4 for downsampling by 2, 4 or 8"),
-    "blocks_per_group": (1, 1, 2, 2, "residual blocks in each group"),
-    "code_dim": (64, 64, 128, 128, "width of a code in the decoder"),
-    "quantizer": (*("gumbel",) * 4, "gumbel, or vq for VQ-VAE"),
-    "likelihood": ("mse", "mse", *("logit-laplace",) * 2, "p(x|z): logit-laplace or mse"),
-    "normalise_logits": (True, True, False, False, "standardise logits; not in the paper"),
+    "vocab_size": (256, 512, 1024, 8192, 8192, "|V|, number of visual tokens"),
+    "hidden": (32, 48, 32, 256, 256, "width of the first group of residual blocks"),
+    "groups": (3, 3, 4, 4, 4, "groups of blocks: 2, 3 or 4 for downsampling by 2, 4 or 8"),
+    "blocks_per_group": (1, 1, 1, 2, 2, "residual blocks in each group"),
+    "code_dim": (64, 64, 64, 128, 128, "width of a code in the decoder"),
+    "quantizer": (*("gumbel",) * 5, "gumbel, or vq for VQ-VAE"),
+    "likelihood": ("mse", "mse", "mse", *("logit-laplace",) * 2, "p(x|z): logit-laplace or mse"),
+    "normalise_logits": (True, True, True, False, False, "standardise logits; not in the paper"),
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
-    "tau": (1 / 16, 1 / 16, 1 / 16, 1 / 16, "final temperature of Gumbel-softmax; cosine from 1"),
-    "tau_steps": (300, 350, 150_000, 150_000, "steps until the final temperature"),
-    "beta": (1e-2, 1e-2, 6.6, 6.6, "final weight of the KL, relative to the likelihood term"),
-    "beta_steps": (0, 0, 5000, 5000, "steps until the final KL weight"),
+    "tau": (*(1 / 16,) * 5, "final temperature of Gumbel-softmax; cosine from 1"),
+    "tau_steps": (300, 350, 500, 150_000, 150_000, "steps until the final temperature"),
+    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "final weight of the KL, relative to the likelihood term"),
+    "beta_steps": (0, 0, 0, 5000, 5000, "steps until the final KL weight"),
     # optimisation
-    "steps": (600, 700, 3_000_000, 3_000_000, "optimisation steps"),
-    "batch_size": (64, 64, 512, 512, "images per step of all processes; scale lr with it"),
-    "lr": (4e-3, 4e-3, 1e-4, 1e-4, "peak learning rate; cosine to min_lr"),
-    "min_lr": (1e-4, 1e-4, 1.25e-6, 1.25e-6, "final learning rate"),
-    "warmup_steps": (50, 50, 5000, 5000, "steps of linear warm-up"),
-    "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, "AdamW weight decay"),
-    "ema": (0.0, 0.0, 0.999, 0.999, "decay of the EMA weights, which the tokenizer uses; 0: none"),
-    "eval_images": (1000, 5000, 5000, 5000, "largest number of held-out images to evaluate on"),
-    "save_every": (1000, 1000, 5000, 5000, "steps between evaluations and checkpoints"),
+    "steps": (600, 700, 1000, 3_000_000, 3_000_000, "optimisation steps"),
+    "batch_size": (64, 64, 32, 512, 512, "images per step of all processes; scale lr with it"),
+    "lr": (4e-3, 4e-3, 4e-3, 1e-4, 1e-4, "peak learning rate; cosine to min_lr"),
+    "min_lr": (1e-4, 1e-4, 1e-4, 1.25e-6, 1.25e-6, "final learning rate"),
+    "warmup_steps": (50, 50, 50, 5000, 5000, "steps of linear warm-up"),
+    "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "AdamW weight decay"),
+    "ema": (0.0, 0.0, 0.0, 0.999, 0.999, "decay of the EMA weights, the tokenizer's; 0: none"),
+    "eval_images": (1000, 5000, 4000, 5000, 5000, "most held-out images to evaluate on"),
+    "save_every": (1000, 1000, 1000, 5000, 5000, "steps between evaluations and checkpoints"),
 }  # fmt: skip
 KIND = "tokenizer"  # of its checkpoints
 

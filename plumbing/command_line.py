@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from plumbing import checkpoints, signals
 
-COLUMNS = ("demo", "fashion", "base", "large")
+COLUMNS = ("demo", "fashion", "photos", "base", "large")
 RECOMPUTE = (
     "save memory: keep only the input of each block and compute the block again in the backward "
     "pass, which takes about a quarter more time"
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def recipe_parser(description, recipes):
-    """A parser with one flag per row of a recipe table {name: (demo, fashion, base, large, help)}.
+    """A parser with a flag per row of a recipe table {name: (demo, fashion, photos, ..., help)}.
 
     The type of a flag is that of the row's values, float if any of them is. None means that the
     recipe has no default for it and the flag must be given.
