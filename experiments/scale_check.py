@@ -1,0 +1,121 @@
+"""Measure on this CPU what docs/scale.md computes: a step's peak memory, and loaders' rates.
+
+    python -m experiments.scale_check            # 5 minutes on two cores; the rates need Pillow
+
+Each step runs in a process of its own. Memory is the peak of a process of two steps less that
+before its model was made. Rates are images per second of one core's time (other work on the
+machine does not count) from JPEG files of 500 x 375 pixels, through the scripts' own data sets.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import pretrain
+from beit import parameter_groups
+from experiments import benchmark, scale, tables
+from experiments.machine import machine
+from experiments.oracles import import_oracle
+from images import labelled, masked, sources, views
+from plumbing import clock, command_line, processes
+
+STEPS = [  # (stage, recipe, images, precision, recompute)
+    ("pretraining", "base", 8, "off", False),
+    ("pretraining", "base", 8, "bf16", False),
+    ("pretraining", "base", 32, "bf16", False),
+    ("pretraining", "base", 32, "bf16", True),
+    ("classification", "base", 16, "bf16", False),
+    ("segmentation", "base", 2, "bf16", False),
+    ("tokenizer", "base", 2, "bf16", False),
+]
+CPU = torch.device("cpu")
+
+
+def measured(stage, recipe, images, amp, recompute):
+    """Bytes that two steps add to this process at their peak."""
+    autocast, _ = processes.precision(amp, CPU)
+    clock.matmul_rate(CPU, autocast, repeats=1)  # the libraries' own memory
+    before = clock.peak_memory(CPU)
+    model = scale.build(stage, recipe)
+    model.recompute = recompute
+    groups = model.parameters() if stage == "tokenizer" else parameter_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    for _ in range(2):
+        with autocast():
+            loss = scale.loss_of(stage, recipe, model, images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return clock.peak_memory(CPU) - before
+
+
+def computed(stage, recipe, images, amp, recompute):
+    """The same by scale.py: attention's plain products, as on CPUs, and no other weights."""
+    held = scale.fixed(stage, recipe)
+    held["weights"] = held["gradients"]  # without a frozen tokenizer or averaged weights
+    kept = scale.activations(stage, recipe, recompute, gpu=False, amp=amp != "off")
+    return scale.peak(held, images, kept, keeps_gradients=False)
+
+
+def memory():
+    """A table of STEPS: computed and measured."""
+    rows = []
+    for step in STEPS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(measured, step)
+        expected = computed(*step)
+        stage, recipe, images, amp, recompute = step
+        what = f"{stage}, {recipe}{', `--recompute`' if recompute else ''}"
+        precision = "float32" if amp == "off" else amp
+        rows.append([what, images, precision, f"{expected / 1e9:.2f}", f"{found / 1e9:.2f}",
+                     f"{expected / found - 1:+.0%}"])  # fmt: skip
+    columns = ["", "images", "precision", "computed, GB", "measured, GB", "difference"]
+    return {"columns": columns, "rows": rows}
+
+
+def data_sets(folder, count):
+    """{stage: its training set for `base`} of `count` JPEG files in a folder."""
+    paths, image = benchmark.jpeg_files(folder, count), import_oracle("PIL.Image")
+    masks = [path.with_suffix(".png") for path in paths]
+    for path in masks:
+        image.fromarray(np.zeros((375, 500), np.uint8)).save(path)
+    labels = np.arange(count) % 2
+    source = sources.Files("files", paths, labels, masks, ["a", "b"], ["a", "b"])
+    args = {stage: scale.settings(stage, "base") for stage in scale.STAGES}
+    a = args["tokenizer"]
+    two_views = [(224, "bicubic"), (112, "lanczos")]
+    return {
+        "tokenizer": views.Crops(source, [(256, "bicubic")], True, 0, a.min_crop, a.flip),
+        "pretraining": pretrain.MaskedViews(args["pretraining"], source, two_views, 14, True),
+        "classification": labelled.LabelledViews(args["classification"], source, 2, True),
+        "segmentation": masked.MaskedImages(args["segmentation"], source, 2, "half", True),
+    }
+
+
+def rates(count=32, repeats=3):
+    """A table of each stage's images per second of one core's time: the fastest of `repeats`."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, benchmark.single_thread():
+        for stage, data in data_sets(Path(folder), count).items():
+            seconds = []
+            for epoch in range(repeats):
+                start = time.process_time()
+                data.__getitems__([(epoch, index) for index in range(count)])
+                seconds.append(time.process_time() - start)
+            rows.append([stage, f"{count / min(seconds):.0f}"])
+    return {"columns": ["stage", "images/s of one core"], "rows": rows}
+
+
+def main(argv=None):
+    command_line.Parser(__doc__).parse_args(argv)
+    print(f"{machine()}, torch {torch.__version__}\n\n{tables.markdown(rates())}", flush=True)
+    print(f"\n{tables.markdown(memory())}")
+
+
+if __name__ == "__main__":
+    with command_line.one_line_errors():
+        main()
