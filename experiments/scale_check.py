@@ -2,9 +2,9 @@
 
     python -m experiments.scale_check            # 5 minutes on two cores; the rates need Pillow
 
-Each step runs in a process of its own. Memory is the peak of a process of two steps less that
-before its model was made. Rates are images per second of one core's time (other work on the
-machine does not count) from JPEG files of 500 x 375 pixels, through the scripts' own data sets.
+Each step runs in a process of its own. Memory is its peak less that before the model was made.
+Rates are images per second of one core's own time, so that other work on the machine does not
+count, from JPEG files of 500 x 375 pixels, through the scripts' own data sets.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ import torch
 
 import pretrain
 from beit import parameter_groups
-from experiments import benchmark, scale, tables
+from experiments import benchmark, costs, tables
 from experiments.machine import machine
 from experiments.oracles import import_oracle
 from images import labelled, masked, sources, views
@@ -26,55 +26,60 @@ from plumbing import clock, command_line, processes
 STEPS = [  # (stage, recipe, images, precision, recompute)
     ("pretraining", "base", 8, "off", False),
     ("pretraining", "base", 8, "bf16", False),
-    ("pretraining", "base", 32, "bf16", False),
-    ("pretraining", "base", 32, "bf16", True),
-    ("classification", "base", 16, "bf16", False),
-    ("segmentation", "base", 2, "bf16", False),
-    ("tokenizer", "base", 2, "bf16", False),
+    ("pretraining", "base", 8, "bf16", True),
+    ("classification", "base", 8, "bf16", False),
+    ("segmentation", "base", 1, "bf16", False),
+    ("tokenizer", "base", 1, "bf16", False),
 ]
 CPU = torch.device("cpu")
 
 
 def measured(stage, recipe, images, amp, recompute):
-    """Bytes that two steps add to this process at their peak."""
+    """Bytes that a model and a step add to this process at their peak."""
     autocast, _ = processes.precision(amp, CPU)
     clock.matmul_rate(CPU, autocast, repeats=1)  # the libraries' own memory
     before = clock.peak_memory(CPU)
-    model = scale.build(stage, recipe)
+    model = costs.build(stage, recipe)
     model.recompute = recompute
     groups = model.parameters() if stage == "tokenizer" else parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    for _ in range(2):
-        with autocast():
-            loss = scale.loss_of(stage, recipe, model, images)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for parameter in model.parameters():  # a step with gradients of 0 makes AdamW's moments
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    with autocast():
+        loss = costs.loss_of(stage, recipe, model, images)
+    loss.backward()
+    optimizer.step()
     return clock.peak_memory(CPU) - before
 
 
 def computed(stage, recipe, images, amp, recompute):
-    """The same by scale.py: attention's plain products, as on CPUs, and no other weights."""
-    held = scale.fixed(stage, recipe)
+    """The same by costs.py: attention's plain products, as on CPUs, and no other weights."""
+    with torch.device("meta"):
+        held = costs.fixed(stage, recipe, costs.build(stage, recipe))
     held["weights"] = held["gradients"]  # without a frozen tokenizer or averaged weights
-    kept = scale.activations(stage, recipe, recompute, gpu=False, amp=amp != "off")
-    return scale.peak(held, images, kept, keeps_gradients=False)
+    kept = costs.activations(stage, recipe, recompute, gpu=False, amp=amp != "off")
+    return costs.peak(held, images, kept, keeps_gradients=False)
+
+
+def in_new_process(call, arguments):
+    """call(*arguments) in a process that has done nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(call, arguments)
 
 
 def memory():
-    """A table of STEPS: computed and measured."""
-    rows = []
+    """Print a table of STEPS, row by row: computed and measured."""
+    print("| step | images | precision | computed, GB | measured, GB | difference |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for step in STEPS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(measured, step)
-        expected = computed(*step)
+        found, expected = in_new_process(measured, step), computed(*step)
         stage, recipe, images, amp, recompute = step
-        what = f"{stage}, {recipe}{', `--recompute`' if recompute else ''}"
+        what = f"{stage}, {recipe}" + (", `--recompute`" if recompute else "")
+        numbers = f"{expected / 1e9:.2f} | {found / 1e9:.2f} | {100 * (expected / found - 1):+.0f} %"
         precision = "float32" if amp == "off" else amp
-        rows.append([what, images, precision, f"{expected / 1e9:.2f}", f"{found / 1e9:.2f}",
-                     f"{expected / found - 1:+.0%}"])  # fmt: skip
-    columns = ["", "images", "precision", "computed, GB", "measured, GB", "difference"]
-    return {"columns": columns, "rows": rows}
+        print(f"| {what} | {images} | {precision} | {numbers} |", flush=True)
 
 
 def data_sets(folder, count):
@@ -85,7 +90,7 @@ def data_sets(folder, count):
         image.fromarray(np.zeros((375, 500), np.uint8)).save(path)
     labels = np.arange(count) % 2
     source = sources.Files("files", paths, labels, masks, ["a", "b"], ["a", "b"])
-    args = {stage: scale.settings(stage, "base") for stage in scale.STAGES}
+    args = {stage: costs.settings(stage, "base") for stage in costs.STAGES}
     a = args["tokenizer"]
     two_views = [(224, "bicubic"), (112, "lanczos")]
     return {
@@ -113,7 +118,8 @@ def rates(count=32, repeats=3):
 def main(argv=None):
     command_line.Parser(__doc__).parse_args(argv)
     print(f"{machine()}, torch {torch.__version__}\n\n{tables.markdown(rates())}", flush=True)
-    print(f"\n{tables.markdown(memory())}")
+    print()
+    memory()
 
 
 if __name__ == "__main__":
