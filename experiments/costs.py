@@ -10,6 +10,7 @@ import contextlib
 import functools
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,10 +43,15 @@ def settings(stage, recipe):
 
 def tokenizer_of(recipe):
     """The dVAE of a recipe."""
-    args = settings("tokenizer", recipe)
-    return dvae.build(
-        dvae.DVAEConfig(**{name: getattr(args, name) for name in dvae.DVAEConfig.__annotations__})
-    )
+    args, names = settings("tokenizer", recipe), dvae.DVAEConfig.__annotations__
+    return dvae.build(dvae.DVAEConfig(**{name: getattr(args, name) for name in names}))
+
+
+@functools.cache
+def frozen_tokenizer(recipe):
+    """The shapes of pre-training's tokenizer."""
+    with torch.device("meta"):
+        return tokenizer_of(recipe)
 
 
 def build(stage, recipe, depth=None):
@@ -132,7 +138,7 @@ def operations(stage, recipe, model):
     tokenizer = 0
     if stage == "pretraining":
         head = last * model.lm_head.weight.numel()
-        tokenizer = convolutions(tokenizer_of(recipe).encoder, settings(stage, recipe).token_size)
+        tokenizer = convolutions(frozen_tokenizer(recipe).encoder, settings(stage, recipe).token_size)
     elif stage == "classification":
         head = model.head.weight.numel()
     else:
@@ -176,51 +182,54 @@ def float32_group_norm(self, x):
     return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
 
 
-@functools.cache
-def saved(stage, recipe, depth, recompute=False, gpu=True, amp=True):
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Inside, models keep for the backward pass what they would keep on a GPU."""
+    fused = mock.patch.object(beit.Attention, "attend", fused_attend)
+    with fused, mock.patch.object(nn.GroupNorm, "forward", float32_group_norm):
+        yield
+
+
+def saved(stage, recipe, model, amp):
     """Bytes that a forward pass keeps for the backward pass: (for each image, whatever the batch).
 
     The second are the weights in bf16. Weights themselves do not count.
     """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages = {}
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        enter(without_data())
-        if gpu:
-            enter(mock.patch.object(beit.Attention, "attend", fused_attend))
-            enter(mock.patch.object(nn.GroupNorm, "forward", float32_group_norm))
-        model = build(stage, recipe, depth)
-        model.recompute = recompute
-        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                storages[storage._cdata] = storage  # kept, so that no other has its address
-            return tensor
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage  # kept, so that no other has its address
+        return tensor
 
-        enter(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
-        enter(torch.autocast("cpu", torch.bfloat16, enabled=amp))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss_of(stage, recipe, model, PRIME)
     sizes = [storage.nbytes() for storage in storages.values()]
     of_images = sum(size for size in sizes if size % PRIME == 0)
-    return of_images / PRIME, sum(sizes) - of_images
+    return np.array([of_images / PRIME, sum(sizes) - of_images])
 
 
-def activations(stage, recipe, recompute=False, gpu=True, amp=True):
-    """`saved` at the recipe's depth; with recompute also one block while it is computed again.
+def activations(stage, recipe, gpu=True, amp=True):
+    """What `saved` returns: {"plain", "recompute"}; the second, of --recompute, may be None.
 
-    Counted with two blocks and with three: all others keep as much as the third.
+    Counted with two blocks and with three; all others keep as much as the third. With --recompute
+    one block's activations come on top, while it is computed again.
     """
-    if stage == "tokenizer":
-        return saved(stage, recipe, None, False, gpu, amp)
-    depth = beit.MODELS[settings(stage, recipe).model]["depth"]
-    two, three = (saved(stage, recipe, blocks, recompute, gpu, amp) for blocks in (2, 3))
-    found = [a + (depth - 2) * (b - a) for a, b in zip(two, three)]
-    if recompute:
-        two, three = (saved(stage, recipe, blocks, False, gpu, amp) for blocks in (2, 3))
-        found = [kept + b - a for kept, a, b in zip(found, two, three)]
-    return found
+    with without_data(), as_on_a_gpu() if gpu else contextlib.nullcontext():
+        model = build(stage, recipe, depth=3)
+        if stage == "tokenizer":
+            return {"plain": saved(stage, recipe, model, amp), "recompute": None}
+        found, blocks = {}, model.blocks
+        for model.recompute in (False, True):
+            for model.blocks in (blocks[:2], blocks):
+                found[model.recompute, len(model.blocks)] = saved(stage, recipe, model, amp)
+    more = beit.MODELS[settings(stage, recipe).model]["depth"] - 2
+    block = {again: found[again, 3] - found[again, 2] for again in (False, True)}
+    plain, recompute = (found[again, 2] + more * block[again] for again in (False, True))
+    return {"plain": plain, "recompute": recompute + block[False]}
 
 
 def fixed(stage, recipe, model):
@@ -233,7 +242,7 @@ def fixed(stage, recipe, model):
     if stage == "tokenizer":
         others += trained if settings(stage, recipe).ema else 0
     elif stage == "pretraining":
-        others += 4 * sum(p.numel() for p in tokenizer_of(recipe).parameters())
+        others += 4 * sum(p.numel() for p in frozen_tokenizer(recipe).parameters())
     return {"weights": trained + others, "gradients": trained, "moments": 2 * trained}
 
 
@@ -268,11 +277,10 @@ def cost(stage, recipe):
     with torch.device("meta"):  # tensors with a shape only
         model = build(stage, recipe)
         flop, held = operations(stage, recipe, model), fixed(stage, recipe, model)
-    kept = {"plain": activations(stage, recipe), "recompute": None}
-    if stage != "tokenizer":
-        kept["recompute"] = activations(stage, recipe, recompute=True)
+    kept = activations(stage, recipe)
     if stage == "pretraining":
-        kept = {kind: [max(b, frozen(recipe)), rest] for kind, (b, rest) in kept.items()}
+        kept = {kind: (max(of_image, frozen(recipe)), rest)
+                for kind, (of_image, rest) in kept.items()}  # fmt: skip
     averaged = held["gradients"] if getattr(settings(stage, recipe), "ema", 0) else 0
     return {
         "flop": flop["trained"] + flop["tokenizer"],

@@ -68,7 +68,7 @@ def operations_table():
         held, flop = cost["held"], cost["flop"]
         shares = [percent(cost[part], flop) for part in ("tokenizer", "again")]
         parts = [f"{held[part] / 1e9:.2f}" for part in ("weights", "gradients", "moments")]
-        kept = [f"{c[0] / 1e6:,.0f}" if c else "" for c in (cost["plain"], cost["recompute"])]
+        kept = [f"{c[0] / 1e6:,.0f}" if c is not None else "" for c in (cost["plain"], cost["recompute"])]
         count = f"{held['gradients'] / 4e6:.1f}"
         rows.append([name, count, f"{flop / 1e9:,.0f}", *shares, *parts, *kept])
     return {"columns": columns, "rows": rows}
@@ -92,7 +92,7 @@ def memory_table():
     rows = []
     for name, cost in all_costs().items():
         for kind, flag in (("plain", ""), ("recompute", ", `--recompute`")):
-            if cost[kind]:
+            if cost[kind] is not None:
                 cells = [fit(cost, kind, gpus) for gpus in GPUS]
                 rows.append([name + flag, f"{cost['batch']:,}", *cells])
     return {"columns": columns, "rows": rows}

@@ -268,7 +268,7 @@ def test_operations_of_base_are_what_torch_counts(stage):
         if stage == "pretraining":
             size = costs.settings(stage, "base").token_size
             with FlopCounterMode(display=False) as counter:
-                costs.tokenizer_of("base").tokens(torch.rand(2, 3, size, size))
+                costs.tokenizer_of("base").encode(torch.rand(2, 3, size, size))
             assert counter.get_total_flops() / 2 == pytest.approx(found["tokenizer"], rel=0.02)
 
 
@@ -280,10 +280,16 @@ def test_kept_activations_of_a_block_are_those_counted_by_hand():
     for each head. Recomputed: only x.
     """
     tokens, D, heads = 197, 768, 12
-    for recompute, expected in ((False, 2 * 4 + 2 * (2 + 3 + 1 + 2 + 8)), (True, 4)):
-        two, three = (costs.saved("classification", "base", n, recompute)[0] for n in (2, 3))
-        others = 4 * tokens * heads * (not recompute)
-        assert three - two == pytest.approx(expected * tokens * D + others, rel=0.002)
+    with costs.without_data(), costs.as_on_a_gpu():
+        model = costs.build("classification", "base", depth=3)
+        for model.recompute in (False, True):
+            three, _ = costs.saved("classification", "base", model, amp=True)
+            blocks, model.blocks = model.blocks, model.blocks[:2]
+            two, _ = costs.saved("classification", "base", model, amp=True)
+            model.blocks = blocks
+            values = 4 if model.recompute else 2 * 4 + 2 * (2 + 3 + 1 + 2 + 8)
+            of_heads = 0 if model.recompute else 4 * heads
+            assert three - two == pytest.approx(tokens * (values * D + of_heads), rel=0.002)
 
 
 def test_peak_counts_what_lives_at_once():

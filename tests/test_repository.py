@@ -17,6 +17,8 @@ from experiments import (
     benchmark,
     features,
     report,
+    scale,
+    scale_check,
     short_runs,
     tables,
     torture,
@@ -172,7 +174,8 @@ PROGRAMS = {
     "reproduce.py": reproduce,
     **{
         f"-m {module.__name__}": module
-        for module in (attention, benchmark, convert, features, published, report, torture, verify)
+        for module in (attention, benchmark, convert, features, published, report, scale,
+                       scale_check, torture, verify)
     },
 }
 FOREIGN_FLAGS = {  # of torchrun
