@@ -138,7 +138,8 @@ def operations(stage, recipe, model):
     tokenizer = 0
     if stage == "pretraining":
         head = last * model.lm_head.weight.numel()
-        tokenizer = convolutions(frozen_tokenizer(recipe).encoder, settings(stage, recipe).token_size)
+        encoder, token_size = frozen_tokenizer(recipe).encoder, settings(stage, recipe).token_size
+        tokenizer = convolutions(encoder, token_size)
     elif stage == "classification":
         head = model.head.weight.numel()
     else:

@@ -68,7 +68,8 @@ def operations_table():
         held, flop = cost["held"], cost["flop"]
         shares = [percent(cost[part], flop) for part in ("tokenizer", "again")]
         parts = [f"{held[part] / 1e9:.2f}" for part in ("weights", "gradients", "moments")]
-        kept = [f"{c[0] / 1e6:,.0f}" if c is not None else "" for c in (cost["plain"], cost["recompute"])]
+        kept = (cost["plain"], cost["recompute"])
+        kept = ["" if bytes_ is None else f"{bytes_[0] / 1e6:,.0f}" for bytes_ in kept]
         count = f"{held['gradients'] / 4e6:.1f}"
         rows.append([name, count, f"{flop / 1e9:,.0f}", *shares, *parts, *kept])
     return {"columns": columns, "rows": rows}

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,8 @@ def computed(stage, recipe, images, amp, recompute):
 def in_new_process(call, arguments):
     """call(*arguments) in a process that has done nothing else and returns freed memory."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # its C library reads this at start
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(call, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 def memory():
@@ -81,9 +82,10 @@ def memory():
         found, expected = in_new_process(measured, step), computed(*step)
         stage, recipe, images, amp, recompute = step
         what = f"{stage}, {recipe}" + (", `--recompute`" if recompute else "")
-        numbers = f"{expected / 1e9:.2f} | {found / 1e9:.2f} | {100 * (expected / found - 1):+.0f} %"
+        difference = f"{100 * (expected / found - 1):+.0f} %"
         precision = "float32" if amp == "off" else amp
-        print(f"| {what} | {images} | {precision} | {numbers} |", flush=True)
+        print(f"| {what} | {images} | {precision} | {expected / 1e9:.2f} | {found / 1e9:.2f} | "
+              f"{difference} |", flush=True)  # fmt: skip
 
 
 def data_sets(folder, count):
