@@ -18,10 +18,10 @@ on background.
 
 The paper claims that attention separates objects. --measure tests this on images with masks: how
 well does the attention from a patch on an object rank patches of the same class before all others
-(average precision)? It prints the same for random weights. Both are measured for the mean over
-heads and for the single head that is best on the validation split. Four rankings need no network:
-by distance in the image, by similarity of the pixels, by distance from the image's centre whatever
-the reference patch (photographers put objects there), and by chance.
+(average precision)? Class 0 counts as background. It prints the same for random weights, and for
+both the mean over heads and the single head, counted from 0, that is best on the validation split.
+Four rankings need no network: by distance in the image, by similarity of the pixels, by distance
+from the image's centre whatever the reference patch (photographers put objects there), and chance.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from plumbing import command_line, log, noise, pictures, published
 SHOWN = 4  # images in a picture for which none are named
 BATCH = 64  # most images at once
 BACKGROUND = 0  # its class number
-WEIGHTS = 2**23  # most attention weights at once of a model, which bounds the memory
+WEIGHTS = 2**21  # most attention weights at once of a model, which bounds the memory
 
 # -------------------------------------------------------- images and masks as the model sees them
 
@@ -84,19 +84,23 @@ class Seen:
         return views.centre_square(image, self.size)[0].float() / 255
 
 
-def see_image(image, source, size, normalise):
-    """An image for the picture as the model sees it: see Seen.
+def see_images(images, source, size, normalise):
+    """The images of a picture as the model sees them, a list: see Seen.
 
-    image: an image file, or the number of an image in the source. Raises ValueError if there is no
-    such image.
+    images: image files, or numbers of images in the source, which may be None if there are none.
+    Raises ValueError if there is no such image.
     """
-    if image.isdigit():
-        if int(image) >= len(source):
+    numbered, found = source and Seen(source, size, normalise), []
+    for image in images:
+        if image.isdigit() and int(image) >= len(source):
             raise ValueError(f"image {image}: {source.name} has only images 0 to {len(source) - 1}")
-        return Seen(source, size, normalise)[int(image)]
-    if not Path(image).is_file():
-        raise ValueError(f"image {image}: no such file, and not a number")
-    return Seen(sources.Files(image, [Path(image)]), size, normalise)[0]
+        if image.isdigit():
+            found.append(numbered[int(image)])
+        elif Path(image).is_file():
+            found.append(Seen(sources.Files(image, [Path(image)]), size, normalise)[0])
+        else:
+            raise ValueError(f"image {image}: no such file, and not a number")
+    return found
 
 
 # -------------------------------------------------------- the picture
@@ -322,7 +326,7 @@ def draw(models, normalise, args):
     if not images or any(image.isdigit() for image in images):
         source = sets.open_source(args.data, args.split, args.data_dir)
         images = images or [str(index) for index in batches.spread(len(source), SHOWN)]
-    seen = [see_image(image, source, config.image_size, normalise) for image in images]
+    seen = see_images(images, source, config.image_size, normalise)
     has_masks = all(mask is not None for _, mask in seen)  # every row needs as many points
     rows = []
     for pixels, mask in seen:
@@ -335,12 +339,12 @@ def draw(models, normalise, args):
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     parser.add_argument("checkpoint", help="checkpoint.pt of ours, or published BEiT weights")
-    help_text = "image files, or numbers of images in --data; default: four of these"
+    help_text = "image files, or numbers of images in --data; default: four spread over it"
     parser.add_argument("images", nargs="*", help=help_text)
     help_text = "reference patches as row,column; default: by the mask, or five across the image"
     parser.add_argument("--points", nargs="+", help=help_text)
     parser.add_argument("--out", help="PNG file to write")
-    help_text = "score N images of --data and write no picture"
+    help_text = "score N images spread over --data and write no picture"
     parser.add_argument("--measure", type=int, default=0, metavar="N", help=help_text)
     help_text = "data set for numbers and for --measure: a name or a path"
     parser.add_argument("--data", default="shapes", help=help_text)

@@ -130,8 +130,8 @@ def test_figure_2_of_photographs(made, tmp_path, capsys):
 def test_reference_points_follow_the_mask():
     """Two on the largest object and one on background, far off; also in a mask without either."""
     mask = torch.zeros(8, 8, dtype=torch.uint8)
-    mask[:4, :6], mask[6:, :2] = 3, 1
-    assert attention.mask_points(mask, 2) == [(0, 1), (1, 1), (3, 3)]
+    mask[:4, :3], mask[6:, :2] = 3, 1  # the object fills two patches, and two more by half
+    assert attention.mask_points(mask, 2) == [(0, 0), (1, 0), (3, 3)]
     for c in (0, 1, sources.IGNORE):
         points = attention.mask_points(torch.full((8, 8), c, dtype=torch.uint8), 2)
         assert points[:2] == [(1, 0), (3, 0)] and len(points) == 3
