@@ -421,19 +421,20 @@ def figure2(runner):
     checkpoints = pretrained(runner, tokenizer_stage(runner))
     if runner.planning:
         return {}
-    source = sets.open_source(s["scenes"], "test", runner.data_dir)
-    found = collections.defaultdict(list)
+    scenes = [sets.open_source(s["scenes"], split, runner.data_dir) for split in ("test", "val")]
+    values, notes = collections.defaultdict(list), collections.defaultdict(list)
     for seed, checkpoint in enumerate(checkpoints):
         models, normalise = attention.load_models(checkpoint, seed)
-        scores = attention.separation(models, normalise, source, s["reference_images"])
-        for name, percent in scores.items():
-            found[name].append(percent)
-    flags = ["--data", s["data"], "--split", "test", "--out", str(runner.out / "figure2.png")]
+        found = attention.measure(models, normalise, *scenes, s["reference_images"])
+        for name, percent, note in found:
+            values[name].append(percent)
+            notes[name] += [note] if note else []
+    flags = ["--data", s["scenes"], "--split", "test", "--out", str(runner.out / "figure2.png")]
     flags += ["--data-dir", runner.data_dir] if runner.data_dir else []
     (runner.out / "figure2.png").unlink(missing_ok=True)  # of the run that this one resumes
-    attention.main([checkpoints[0], "0", "1", "2", "3", *flags])
-    rows = [[name, {"values": [percents]}] for name, percents in found.items()]
-    columns = ["ranking of the other patches", "average precision, %"]
+    attention.main([checkpoints[0], *flags])
+    rows = [[name, {"values": [runs]}, "; ".join(notes[name])] for name, runs in values.items()]
+    columns = ["ranking of the other patches", "average precision, %", "best head of each run"]
     return {"title": "Figure 2: attention separates objects", "columns": columns, "rows": rows}
 
 
