@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from images import batches, photos, sets, sources, views
-from plumbing import command_line
+from plumbing import command_line, signals
 
 CHUNK = 16  # images that a process converts at a time
 
@@ -65,15 +65,15 @@ class Progress:
         self.split, self.total = split, total
         self.terminal = sys.stdout.isatty()
         self.before = "\r\033[K" if self.terminal else ""  # erases the line
-        self.start = self.last = time.time()
+        self.start = self.last = time.monotonic()
 
     def show(self, done):
         """Report `done` images, at most every 5 seconds, or 5 times a second on a terminal."""
-        now = time.time()
+        now = time.monotonic()
         if done == self.total:
             print(f"{self.before}{self.split}: {done} images", flush=True)
         elif now - self.last >= (0.2 if self.terminal else 5):
-            self.last, rate = now, done / (now - self.start)
+            self.last, rate = now, done / max(now - self.start, 1e-9)
             left = (self.total - done) / rate
             line = f"{self.split}: {done}/{self.total}  {rate:.0f} images/s  {left:.0f}s left"
             print(f"{self.before}{line}", end="" if self.terminal else "\n", flush=True)
@@ -96,6 +96,7 @@ def convert_split(source, size, split, folder, workers=None):
     for count in batches.loader(Squares(source, size, files), chunks, workers):
         done += count
         progress.show(done)
+        signals.stop_before("while it decoded images, which the next run begins again")
     if source.labels is not None:
         np.save(folder / f"{split}_labels.npy", source.labels)
 

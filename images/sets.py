@@ -4,6 +4,7 @@
     fashion-mnist    28 x 28 grey, with labels; downloaded on first use
     fashion-scenes   four Fashion-MNIST garments on one canvas, with masks, 56 x 56
     cifar10          32 x 32, with labels; downloaded on first use
+    imagenette       photographs, 128 x 128, with labels; downloaded and decoded on first use
     FILE.npz         arrays SPLIT_images uint8 (n, H, W) or (n, H, W, 3), SPLIT_labels (n,),
                      SPLIT_masks uint8 (n, H, W), classes and mask_classes (names); only the images
                      are required. SPLIT is train, val or test; mask value 255 is ignored
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import folders, named, shapes, sources
+from images import folders, imagenette, named, shapes, sources
 
 
 def open_source(data, split, data_dir=None):
@@ -37,6 +38,7 @@ def open_source(data, split, data_dir=None):
         "fashion-mnist": named.fashion_mnist,
         "fashion-scenes": named.fashion_scenes,
         "cifar10": named.cifar10,
+        "imagenette": imagenette.imagenette,
     }
     if data in loaders:
         return loaders[data](split, data_dir)
