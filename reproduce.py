@@ -34,6 +34,7 @@ def parse(argv):
         "--table", type=int, nargs="+", default=[], choices=(1, 3, 4), help="run the paper's tables"
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
+    add("--budgets", action="store_true", help="table 4's rows about masking, each at four budgets")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     add("--seeds", type=int, help="fine-tuning runs per row; default: the recipe's")
     add("--out", help="new folder for all results; default: runs/RECIPE")
@@ -46,6 +47,8 @@ def parse(argv):
     for name in ("seeds", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.budgets and args.recipe == "demo":
+        parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")
     if args.grid14 and args.recipe != "fashion":
         parser.error(
             "--grid14 repeats fashion's table 4 on scenes of 56 x 56 pixels: use --recipe fashion"
@@ -72,6 +75,7 @@ def main(argv=None):
         tables.fill_documents()
         return
     names = [f"table {number}" for number in args.table] + ["grid 14"] * args.grid14
+    names += ["budgets"] * args.budgets
     names += [f"figure {number}" for number in args.figure]
     names = names or ["summary"]
     open_folder(args.out, args.resume)

@@ -6,14 +6,17 @@ single value was chosen there in the same way. All results are on the test split
 """
 
 import collections
+import json
 import re
+import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 import pretrain
-from experiments import attention, baselines
-from experiments.tables import run_cell
+from experiments import attention, baselines, features
+from experiments.tables import all_values, run_cell
 from images import sets
-from plumbing import command_line
+from plumbing import command_line, pictures
 
 # 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper. In all, 1.7 times as many
 # patches as in the `fashion` recipe.
@@ -47,6 +50,9 @@ RECIPES = {
     "larger_epochs": (0.1, 0.1, 0.1, "epochs at it, as a share of the classifier's"),
     "small_model": ("mini", "mini", "mini8", "the smaller model"),
     "reference_images": (500, 500, 593, "images with reference patches for figure 2"),
+    # table 4's rows about masking and targets at several budgets
+    "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
+    "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
     # the rows of table 4 about masking on the paper's own grid; drawn shapes are too small for it
     "grid14_pretrain": (None, GRID14, None, "flags of pretrain.py, on the scenes"),
     "grid14_classify": (None, ("--image-size", 28), None, "flags of finetune_cls.py: garments"),
@@ -350,7 +356,7 @@ def downstream(runner, records, seg_lrs, cls_flags=(), seg_flags=(), prefix=""):
     """Classify and segment from pre-trained models, at the learning rates chosen for BEiT.
 
     records: {(row, pre-training seed): record}. prefix: of the stages' names. Returns what
-    classify() and segment() return.
+    classify() and segment() return, the second empty without images with masks.
     """
     s, inits = runner.settings, collections.defaultdict(list)
     for (row, _), record in records.items():
@@ -359,6 +365,8 @@ def downstream(runner, records, seg_lrs, cls_flags=(), seg_flags=(), prefix=""):
     starts = {"BEiT": Start(beit, s["cls_lr"], cls_flags)}
     starts |= {row: Start(init, "BEiT", cls_flags) for row, init in other}
     cls = classify(runner, s["labels"][0], starts, prefix)
+    if not s["scenes"]:
+        return cls, {}
     starts = {"BEiT": Start(beit, seg_lrs, seg_flags)}
     starts |= {row: Start(init, "BEiT", seg_flags) for row, init in other}
     return cls, segment(runner, starts, prefix)
@@ -397,7 +405,7 @@ def table4(runner):
     for row, (_, imagenet, ade20k) in ABLATIONS.items():
         mse = f"{tokenizers[row]['reconstruction_mse']:.4f}" if row in tokenizers else None
         accuracy = masked_accuracy(row, records[row, 0])
-        ours = [run_cell(cls[row]), run_cell(seg[row]), mse, accuracy]
+        ours = [run_cell(cls[row]), run_cell(seg.get(row)), mse, accuracy]
         rows.append([row, *ours, imagenet, ade20k])
     columns = ["", f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
     columns += ["token MSE", "masked accuracy, %", "paper, ImageNet", "paper, ADE20K"]
@@ -430,6 +438,71 @@ def grid14(runner):
     return {"title": title, "columns": columns, "rows": rows}
 
 
+BUDGET_ROWS = (*MASKING, "- visual tokens")
+SEVERAL = ("BEiT", "- blockwise masking", "- masking + recover 100 %")  # with `budget_seeds`
+
+
+def budgets(runner):
+    """Table 4's rows about masking and targets after 1, 2, 4, ... times as much pre-training.
+
+    Each budget is a run of its own, with a whole cosine. OUT/budgets.svg shows top-1 by epochs.
+    """
+    s, tokenizer, calls = runner.settings, tokenizer_stage(runner), {}
+    for factor in s["budgets"]:
+        largest = factor == s["budgets"][-1]
+        for row in BUDGET_ROWS:
+            source = None if "visual tokens" in row else tokenizer
+            flags = (*ABLATIONS[row][0], *longer_flags(runner.recipe, factor))
+            for seed in range(s["budget_seeds"] if largest and row in SEVERAL else 1):
+                name = row if factor == 1 else f"{row} x{factor:g}"
+                calls[row, factor, seed] = beit_call(runner, name, source, *flags, seed=seed)
+    records = runner.stages(calls)
+    measures = {"top-1": {}, "k-NN": {}, "mIoU": {}}
+    for factor in s["budgets"]:
+        chosen = {(row, seed): r for (row, f, seed), r in records.items() if f == factor}
+        cls, seg = downstream(runner, chosen, s["seg_lr"], prefix=f"x{factor:g}-")
+        neighbours = collections.defaultdict(list)
+        for (row, _), record in chosen.items():
+            neighbours[row].append([knn(runner, record)])
+        for row in BUDGET_ROWS:
+            cells = cls[row], {"values": neighbours[row]}, seg.get(row)
+            for measure, cell in zip(measures, cells):
+                measures[measure].setdefault(row, []).append(run_cell(cell))
+    epochs = [float(longer_flags(runner.recipe, factor)[1]) for factor in s["budgets"]]
+    if not runner.planning:
+        lines = {
+            row: [(x, statistics.mean(all_values(cell))) for x, cell in zip(epochs, cells)]
+            for row, cells in measures["top-1"].items()
+        }
+        title = f"Top-1 by epochs of pre-training, {s['labels'][0]} labels per class"
+        picture = pictures.svg_curve(lines, title, "epochs", "top-1, %", width=860)
+        (runner.out / "budgets.svg").write_text(picture)
+    rows = [
+        [f"{row}, {measure}", *cells]
+        for measure, found in measures.items()
+        for row, cells in found.items()
+        if None not in cells
+    ]
+    columns = ["", *(f"{value:g} epochs" for value in epochs)]
+    return {"title": "Table 4's rows by budget", "columns": columns, "rows": rows}
+
+
+def knn(runner, record):
+    """k-NN accuracy in percent of the last layer of a stage's checkpoint, kept in its folder."""
+    kept = Path(record["checkpoint"]).with_name("knn.json")
+    if runner.planning:
+        return 0.0
+    if not kept.exists():
+        model, _, normalise = features.load_model(record["checkpoint"], "auto")
+        parts = {
+            split: sets.open_source(runner.settings["data"], split, runner.data_dir)
+            for split in ("train", "test")
+        }
+        percent = features.knn_accuracies(model, normalise, parts)
+        kept.write_text(json.dumps(percent))
+    return json.loads(kept.read_text())[-1]
+
+
 def figure2(runner):
     """Figure 2: attention maps (OUT/figure2.png), and how well attention separates objects."""
     s = runner.settings
@@ -453,4 +526,4 @@ def figure2(runner):
 
 
 EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
-EXPERIMENTS |= {"grid 14": grid14, "figure 2": figure2}
+EXPERIMENTS |= {"budgets": budgets, "grid 14": grid14, "figure 2": figure2}
