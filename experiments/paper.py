@@ -49,7 +49,7 @@ RECIPES = {
     "larger": (32, 40, 160, "the higher resolution, in pixels"),
     "larger_epochs": (0.1, 0.1, 0.1, "epochs at it, as a share of the classifier's"),
     "small_model": ("mini", "mini", "mini8", "the smaller model"),
-    "reference_images": (500, 500, 593, "images with reference patches for figure 2"),
+    "reference_images": (500, 500, 1000, "images with reference patches for figure 2"),
     # table 4's rows about masking and targets at several budgets
     "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
     "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
@@ -509,19 +509,20 @@ def figure2(runner):
     checkpoints = pretrained(runner, tokenizer_stage(runner))
     if runner.planning:
         return {}
-    source = sets.open_source(s["scenes"], "test", runner.data_dir)
-    found = collections.defaultdict(list)
+    scenes = [sets.open_source(s["scenes"], split, runner.data_dir) for split in ("test", "val")]
+    values, notes = collections.defaultdict(list), collections.defaultdict(list)
     for seed, checkpoint in enumerate(checkpoints):
         models, normalise = attention.load_models(checkpoint, seed)
-        scores = attention.separation(models, normalise, source, s["reference_images"])
-        for name, percent in scores.items():
-            found[name].append(percent)
-    flags = ["--data", s["data"], "--split", "test", "--out", str(runner.out / "figure2.png")]
+        found = attention.measure(models, normalise, *scenes, s["reference_images"])
+        for name, percent, note in found:
+            values[name].append(percent)
+            notes[name] += [note] if note else []
+    flags = ["--data", s["scenes"], "--split", "test", "--out", str(runner.out / "figure2.png")]
     flags += ["--data-dir", runner.data_dir] if runner.data_dir else []
     (runner.out / "figure2.png").unlink(missing_ok=True)  # of the run that this one resumes
-    attention.main([checkpoints[0], "0", "1", "2", "3", *flags])
-    rows = [[name, {"values": [percents]}] for name, percents in found.items()]
-    columns = ["ranking of the other patches", "average precision, %"]
+    attention.main([checkpoints[0], *flags])
+    rows = [[name, {"values": [runs]}, "; ".join(notes[name])] for name, runs in values.items()]
+    columns = ["ranking of the other patches", "average precision, %", "best head of each run"]
     return {"title": "Figure 2: attention separates objects", "columns": columns, "rows": rows}
 
 

@@ -217,7 +217,7 @@ def figure(path, caption):
 
 
 def draw_attention(out, stages, data_dir):
-    """Draw OUT/attention.png from the pre-trained BEiT, on the first test images of its data."""
+    """Draw OUT/attention.png from the pre-trained BEiT, on test images of its data."""
     trained = [
         name
         for name, stage in stages.items()
@@ -230,7 +230,7 @@ def draw_attention(out, stages, data_dir):
     flags = ["--data", data, "--split", "test", "--out", str(out / "attention.png")]
     flags += ["--data-dir", data_dir] if data_dir else []
     (out / "attention.png").unlink(missing_ok=True)  # of an earlier report
-    attention.main([str(out / trained[0] / "checkpoint.pt"), "0", "1", "2", *flags])
+    attention.main([str(out / trained[0] / "checkpoint.pt"), *flags])
 
 
 def stage_figure(out, name, stage, names):
