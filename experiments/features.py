@@ -29,6 +29,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -156,6 +157,21 @@ def reason_against_knn(parts, labels):
     if (labels["train"] == labels["train"][0]).all():
         return f"all images of {parts['train'].name} are of one class: no k-NN accuracy"
     return None
+
+
+def knn_accuracies(model, normalise, parts):
+    """k-NN accuracy in percent of every layer: {split: source} of train and one more, all images.
+
+    The model's evaluation views, in float32.
+    """
+    args = SimpleNamespace(eval_images=sys.maxsize, eval_crop=1.0, batch_size=64, accumulate=1,
+                           workers=None)  # fmt: skip
+    found = []
+    for source in parts.values():
+        rows = np.empty((len(source), model.config.depth, model.config.dim), np.float32)
+        extract(model, source, args, normalise, processes.Process(), rows)
+        found.append((rows, source.labels))
+    return accuracies(*found, torch.device("cpu"))
 
 
 # -------------------------------------------------------- the command

@@ -232,7 +232,7 @@ def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
     assert planned(tmp_path, "demo", 3, experiments)[1] == 0
     assert [row[0] for row in made["table 4"]["rows"]] == list(paper.ABLATIONS)
     assert len(made["table 4"]["rows"][0][1]["values"]) == 2  # pre-training seeds
-    tested = [claim for claim in tables.CLAIMS if claim[1] not in ("figure 2", "grid 14")]
+    tested = [claim for claim in tables.CLAIMS if claim[1] in made]
     assert len(saved["tables"]["claims"]["rows"]) == len(tested)
 
 
@@ -251,6 +251,21 @@ def test_grid14_plans_what_it_runs(no_processes, tmp_path):
     assert len(claims) == 2 * (len(paper.MASKING) - 1)
     with pytest.raises(SystemExit):
         reproduce.main(["--grid14", "--out", str(tmp_path / "demo")])
+
+
+def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
+    """Every row and measure at every budget, several seeds at the largest; no masks, no mIoU."""
+    monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
+    runner, total = planned(tmp_path, "photos", 2, [paper.budgets])
+    table = paper.budgets(runner)
+    assert runner.progress.counts() == (total, total)
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert list(rows) == [f"{row}, {m}" for m in ("top-1", "k-NN") for row in paper.BUDGET_ROWS]
+    seeds = [len(cell["values"]) for cell in rows["BEiT, top-1"]]
+    assert seeds == [1, 1, 1, runner.settings["budget_seeds"]]
+    claims = tables.save_results(runner, {"budgets": table})["tables"]["claims"]["rows"]
+    assert len(claims) == 4 * 2 * 4 and claims[0][0].endswith(table["columns"][1])
+    assert "<polyline" in (tmp_path / "budgets.svg").read_text()
 
 
 def test_estimate_follows_the_stages_that_have_ended(tmp_path):
