@@ -31,7 +31,7 @@ RECIPES = {
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels; default: those of --init"),
     "labels_per_class": (100, 100, 100, 0, 0, "[0, 1e9]", "balanced subset by the seed; 0: all"),
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "of random"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "for random"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     # augmentation
     "min_crop": (1.0, 1.0, 0.35, 0.08, 0.08, "(0, 1]", "least share of the area in a crop"),
@@ -53,7 +53,7 @@ RECIPES = {
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
     "eval_images": (1000, 10_000, 10_000, 50_000, 50_000, "[1, 1e9]", "most images to evaluate on"),
-    "save_every": (1000, 1000, 1000, 1000, 1000, "[1, 1e9]", "steps between checkpoints"),
+    "save_every": (1000, 1000, 1000, 1000, 1000, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "classification"  # of its checkpoints
 SIZE_OF_INIT = command_line.COLUMNS  # recipes that take the image size of --init

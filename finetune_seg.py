@@ -28,7 +28,7 @@ RECIPES = {
     "data": ("shapes", "fashion-scenes", None, None, None, "", "a set with masks (docs/data.md)"),
     "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "pixels of crop and sliding window"),
     "train_images": (800, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "of random"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "for random"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     "decoder_dim": (64, 64, 64, 256, 256, "[8, 65536]", "channels between deconvolution layers"),
     # augmentation
@@ -49,7 +49,7 @@ RECIPES = {
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
     "eval_images": (500, 1000, 1000, 2000, 2000, "[1, 1e9]", "most images to evaluate on"),
-    "save_every": (1000, 1000, 1000, 16_000, 16_000, "[1, 1e9]", "steps between checkpoints"),
+    "save_every": (1000, 1000, 1000, 16_000, 16_000, "[1, 1e9]", "steps between evaluations"),
 }  # fmt: skip
 KIND = "segmentation"  # of its checkpoints
 SIZE_OF_INIT = ("demo", "fashion")  # recipes that take the image size of --init; the paper's is 512

@@ -111,7 +111,7 @@ def make_mask(kind, rng, grid, ratio, min_block):
     """
     count = target(grid, grid, ratio)
     if not 1 <= min_block <= count or kind == "blockwise" and not fits(grid, count, min_block):
-        raise ValueError(f"min block {min_block} cannot mask {count} of {grid}x{grid} patches: lower it")
+        raise ValueError(f"min block {min_block} fits nowhere: {count} of {grid}x{grid} to mask")
     if kind == "blockwise":
         return blockwise_mask(rng, grid, grid, count, min_block)
     if kind == "printed":

@@ -51,7 +51,7 @@ RECIPES = {
     "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "[0, 100]", "AdamW weight decay"),
     "ema": (0.0, 0.0, 0.0, 0.999, 0.999, "[0, 1)", "decay of the EMA, which is saved; 0: none"),
     "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
-    "save_every": (1000, 1000, 1000, 5000, 5000, "[1, 1e9]", "steps between checkpoints"),
+    "save_every": (1000, 1000, 1000, 5000, 5000, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "tokenizer"  # of its checkpoints
 

@@ -118,7 +118,8 @@ def check(args, config):
 
 def size_text(count):
     """'1.5 GiB' of a number of bytes."""
-    return f"{count / 2**30:.3g} GiB"
+    gib = count / 2**30
+    return f"{gib:.3g} GiB" if gib < 100 else f"{round(gib):,} GiB"
 
 
 def exhausted(error):

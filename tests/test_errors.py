@@ -78,7 +78,7 @@ SETTINGS = {
     "masking": ("beit", "--masking spiral", "--masking: 'spiral' is not one of blockwise"),
     "no masking": ("beit", "--masking none",
                    "--masking none leaves nothing to predict: add --recover all"),
-    "min block": ("beit", "--min-block 16", "min block 16 cannot mask 6 of 4x4 patches: lower it"),
+    "min block": ("beit", "--min-block 16", "min block 16 fits nowhere: 6 of 4x4 to mask"),
     "target": ("beit", "--target edges", "--target: 'edges' is not one of tokens, pixels"),
     "tokenizer for pixels": ("beit", "--target pixels",
                              "--target pixels has no use for --token-size, --tokenizer"),
@@ -102,7 +102,7 @@ SETTINGS = {
     "no data": ("cls", "--data=", "--data: '' is not a name or a path"),
     "no weights": ("cls", "--init=", "--init: '' is not a name or a path"),
     "mask fits nowhere": ("beit", "--mask-ratio 0.93 --min-block 15",
-                          "min block 15 cannot mask 15 of 4x4 patches: lower it"),
+                          "min block 15 fits nowhere: 15 of 4x4 to mask"),
     "equal warm-up": ("cls", "--warmup-epochs 1", "--warmup-epochs 1.0 leaves nothing of --epochs"),
     "processes": ("cls", "--workers 1000000", "--workers: '1000000' is neither auto nor in"),
 }  # fmt: skip
@@ -310,7 +310,7 @@ def test_a_tokenizers_memory_is_never_overestimated(flags):
     e = torch.ones(32, side, side, config.vocab_size)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         real = kept_bytes(model, lambda: model(x, 0.5, 0.1, e)[0]) + e.nbytes
-    assert 0.3 * real < 32 * 2 * kept <= real
+    assert 0.2 * real < 32 * 2 * kept <= real
 
 
 def test_a_run_that_fits_exactly_is_not_refused(monkeypatch):

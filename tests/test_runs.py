@@ -135,8 +135,9 @@ def test_ablations_of_table_4_run(flags, arrays, made, tmp_path):
     """Each runs to a finite loss and a picture; pixels have no accuracy and need no tokenizer."""
     common = short_runs.script_flags("beit", arrays, made)
     if "--target" in flags:
-        place = common.index("--tokenizer")
-        del common[place : place + 2]
+        for flag in ("--tokenizer", "--token-size"):
+            place = common.index(flag)
+            del common[place : place + 2]
     pretrain.main([*common, *flags, "--out", str(tmp_path / "run")])
     final = log.read_metrics(tmp_path / "run")[-1]
     assert math.isfinite(final["mim_loss"])
