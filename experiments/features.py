@@ -190,24 +190,21 @@ def parse(argv):
     help_text = "split that k-NN classifies by the images of train"
     either.add_argument("--eval-split", default="val", choices=("val", "test"), help=help_text)
     help_text = "at most this many images of each split, evenly spread; default: all"
-    add("--images", type=int, dest="eval_images", metavar="N", default=sys.maxsize, help=help_text)
+    images = {"dest": "eval_images", "default": sys.maxsize}
+    command_line.add_number(parser, "--images", int, "[1, 1e9]", help_text, **images)
     help_text = "share of the short side to see; 0.875 is the paper's below 384 pixels"
-    add("--eval-crop", type=float, default=1.0, help=help_text)
+    command_line.add_number(parser, "--eval-crop", float, "[0.1, 1]", help_text, default=1.0)
     help_text = "pixel mean and std; auto: the checkpoint's, half for published weights"
     add("--normalise", default="auto", choices=("auto", "half", "imagenet"), help=help_text)
     add("--device", default="auto", help="auto, cpu or cuda")
     help_text = "autocast precision; auto is bf16 where the hardware has it, else off"
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=help_text)
-    add("--batch-size", type=int, default=64, help="images per pass")
+    batch = "images per pass"
+    command_line.add_number(parser, "--batch-size", int, "[1, 1e6]", batch, default=64)
     help_text = "loader processes; auto: one per core for image files, none for arrays"
     add("--workers", type=command_line.workers, default="auto", help=help_text)
     parser.set_defaults(accumulate=1)  # eval_batches divides the batch by it
-    args = parser.parse_args(argv)
-    command_line.check_number(parser, "eval_crop", args.eval_crop)
-    for flag, value in (("--images", args.eval_images), ("--batch-size", args.batch_size)):
-        if value < 1:
-            parser.error(f"{flag} {value} must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def check_run(args):

@@ -193,7 +193,7 @@ def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path):
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     assert runner.stage(*call) == record
     assert "--resume" in commands.read_text().splitlines()[1]
-    message = r"stage tokenizer-\w{8} ended with status 2: .* is neither"
+    message = r"stage tokenizer-\w{8} ended with status 2: .* is not one of"
     with pytest.raises(ValueError, match=message):
         runner.stage(*call, "--quantizer", "none")
 
