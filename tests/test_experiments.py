@@ -283,12 +283,13 @@ def test_estimate_follows_the_stages_that_have_ended(tmp_path):
 
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
     """Differences of means against twice the pooled deviation: 5 > 2 * 1.41, 1.8 < 2 * 1.04."""
-    claims = [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
+    claims = [("far {}", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
     monkeypatch.setattr(tables, "CLAIMS", claims)
     values = {"a": [[10.0, 12.0]], "b": [[7.0, 5.0]], "c": [[7.5], [8.1]]}
     rows = [[row, {"values": runs}] for row, runs in values.items()]
-    found = {claim: verdict for claim, verdict, _ in tables.verdicts({"t": {"rows": rows}})["rows"]}
-    assert found == {"far": "holds", "near": "undecided", "less": "does not hold"}
+    table = {"columns": ["", "top-1"], "rows": rows}
+    found = {claim: verdict for claim, verdict, _ in tables.verdicts({"t": table})["rows"]}
+    assert found == {"far top-1": "holds", "near": "undecided", "less": "does not hold"}
 
 
 def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_path):
