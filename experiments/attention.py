@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
 from images import batches, sets, sources, views
-from plumbing import command_line, noise, pictures, published
+from plumbing import command_line, noise, outputs, pictures, published
 
 
 def load_image(image, data, split, data_dir, size):
@@ -209,8 +209,8 @@ def main(argv=None):
     nothing_else = not (args.images or args.out or args.points)
     if (args.measure > 0) == picture or (args.measure and not nothing_else):
         parser.error("give images and --out (and --points) for a picture, or --measure N")
-    if args.out and Path(args.out).exists():
-        parser.error(f"--out {args.out} exists already: choose a new name")
+    if args.out:
+        outputs.check_new(args.out, args.data)
     models, normalise = load_models(args.checkpoint, normalise=args.normalise)
     config = models["pre-trained"].config
     if args.measure:
@@ -224,7 +224,8 @@ def main(argv=None):
         pixels = load_image(image, args.data, args.split, args.data_dir, config.image_size)
         x = batches.standardise(pixels, normalise)
         rows += [attention_row(model, x, pixels, points) for model in models.values()]
-    pictures.picture(args.out, rows)
+    with outputs.new(args.out) as temporary:
+        pictures.picture(temporary, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from plumbing import checkpoints, pictures, processes, signals
+from plumbing import checkpoints, outputs, pictures, processes, signals
 from plumbing.clock import Clock
 from plumbing.log import Estimate, Log, note
 
@@ -176,6 +176,7 @@ def evaluate_only(args, process, held_out, measure, draw=None):
         raise ValueError(f"--eval draws no pictures of a classifier: leave out --out {args.out}")
     out = Path(args.out) if args.out else None
     if out:  # every process checks, so that all of them stop
+        outputs.check_outside(out, args.data)
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"--out {out} is not an empty folder: choose a new one")
         out.mkdir(parents=True, exist_ok=True)
