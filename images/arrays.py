@@ -1,8 +1,7 @@
 """Arrays from outside: an .npz archive, or a folder of .npy files.
 
-One reader for both. It takes what numpy.savez, numpy.savez_compressed and numpy.save write, and
-refuses the rest. Types, shapes and sizes are checked from the headers of the arrays it needs,
-before any of them is read or any memory is taken; objects are never unpickled.
+One reader for both. Types, shapes and sizes are checked from the headers of the arrays that it
+needs, before any of them is read or takes memory. Objects are never unpickled.
 """
 
 import contextlib
@@ -19,12 +18,8 @@ import numpy as np
 from images import sources
 from plumbing import outputs
 
-HEADERS = {  # reader of each version of the format
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-COMPRESSIONS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-ENCRYPTED = 1  # bit of a member's flags
+NEWER = np.lib.format.read_array_header_2_0  # version 3 differs in the names of fields only
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}  # by version of the format; else NEWER
 
 
 @contextlib.contextmanager
@@ -37,6 +32,18 @@ def whole(what):
     except Exception as error:  # of zipfile, zlib, the header's parser, numpy: of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{what} is not a whole array file: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an array says."""
+
+    shape: tuple
+    dtype: np.dtype
+
+    def nbytes(self):
+        """Bytes that the array takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -54,26 +61,29 @@ class Entry:
         """A binary file of its content."""
         return self.archive.open(self.member) if self.archive else open(self.path, "rb")
 
-    def size(self):
-        """Bytes, unpacked. Raises ValueError unless it is a regular file, or packed as by numpy."""
-        if self.archive is None:
+    def header(self):
+        """Its Header. Raises ValueError unless its shape fills exactly what follows the header."""
+        if self.archive:
+            size = self.member.file_size
+        else:
             status = os.stat(self.path)
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-                raise ValueError(f"{self.path} is not a regular file")
-            return status.st_size
-        if self.member.flag_bits & ENCRYPTED or self.member.compress_type not in COMPRESSIONS:
-            raise ValueError(f"{self} is encrypted or compressed in a way that numpy does not use")
-        return self.member.file_size
-
-    def header(self):
-        """Its Header. Raises ValueError if it has none."""
-        size = self.size()
+                raise ValueError(f"{self} is not a regular file")
+            size = status.st_size
         with whole(self), self.open() as file:
             version = np.lib.format.read_magic(file)
-            if version not in HEADERS:
-                raise ValueError(f"version {version} of the format is for arrays with named fields")
-            shape, _, dtype = HEADERS[version](file)
-            return Header(shape, dtype, size - file.tell())
+            shape, _, dtype = HEADERS.get(version, NEWER)(file)
+            held = size - file.tell()
+        if dtype.hasobject:
+            raise ValueError(f"{self} holds Python objects, which could run code")
+        header = Header(shape, dtype)
+        counts = all(type(n) is int and n >= 0 for n in shape)  # a bool is no number
+        if not counts or header.nbytes() != held:
+            raise ValueError(
+                f"{self} is not a whole array file: its header says {sources.type_of(header)}, and "
+                f"{held:,} bytes follow"
+            )
+        return header
 
     def read(self):
         """The array: a file's is memory-mapped, a member's is read into memory."""
@@ -82,25 +92,6 @@ class Entry:
                 return np.load(self.path, mmap_mode="r", allow_pickle=False)
             with self.open() as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
-
-
-@dataclass(frozen=True)
-class Header:
-    """An array as its header describes it. held: the bytes that follow the header."""
-
-    shape: tuple
-    dtype: np.dtype
-    held: int
-
-    def check_size(self, name):
-        """Raise ValueError unless the shape is one, and fills exactly what follows the header."""
-        claimed = math.prod(self.shape) * self.dtype.itemsize
-        counts = all(type(n) is int and n >= 0 for n in self.shape)  # a bool is no number
-        if not counts or claimed != self.held:
-            raise ValueError(
-                f"{name} is not a whole array file: its header says {self.dtype} {self.shape}, and "
-                f"{self.held:,} bytes follow"
-            )
 
 
 def read_split(path, split):
@@ -135,9 +126,7 @@ def read_entries(path, split, entries):
     for part, limit in (("classes", sources.MAX_CLASSES), ("mask_classes", sources.IGNORE)):
         if part in headers:
             check_list(f"{path} {part}", headers[part], limit)
-    for part, header in headers.items():
-        header.check_size(found[part])
-    needed = sum(headers[part].held for part, entry in found.items() if entry.archive)
+    needed = sum(headers[part].nbytes() for part, entry in found.items() if entry.archive)
     if needed > (free := free_memory()):
         raise ValueError(
             f"{path}: its arrays take {outputs.in_words(needed)}, and {outputs.in_words(free)} of "
@@ -154,16 +143,18 @@ def check_list(name, header, limit):
     """Raise ValueError unless the Header is that of a list of at most `limit` class names."""
     if len(header.shape) != 1 or header.dtype.kind not in "USiu" or header.shape[0] > limit:
         raise ValueError(
-            f"{name} are {header.dtype} {header.shape}; expected at most {limit:,} strings, or "
-            "integers, in one dimension"
+            f"{name} are {sources.type_of(header)}; expected a list of at most {limit:,} strings "
+            "or integers"
         )
 
 
 def names_in(entry, array):
     """A list of class names as strings. Raises ValueError if one is no text."""
-    with whole(entry):  # numpy takes any four bytes for a character
+    try:
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in array.tolist()]
         "".join(names).encode()
+    except ValueError as error:  # numpy takes any four bytes for a character
+        raise ValueError(f"{entry}: a class name is no text: {error}") from error
     return names
 
 

@@ -37,6 +37,7 @@ class Run:
             self.first = self.resumed["step"]
         else:
             self.save(0)  # an --out that cannot be written to fails now
+            self.check_room()
         self.model = processes.wrap(model, process, args.compile)  # what the loop calls
         self.clock = Clock(args.benchmark, process)
         self.log = Log(self.out, process.rank, steps, self.first)
@@ -51,6 +52,17 @@ class Run:
             for name, value in self.extra.items()
         }
         checkpoints.save(self.out, self.kind, self.args, step, *self.saved, extra)
+
+    def check_room(self):
+        """Raise ValueError if the disk has no room for the next checkpoint beside the first.
+
+        It will also hold AdamW's two moments of each parameter.
+        """
+        if self.process.rank or self.out is None:
+            return
+        first = self.out / checkpoints.CHECKPOINTS[0]
+        moments = 2 * sum(p.nbytes for p in self.saved[0].parameters() if p.requires_grad)
+        outputs.check_room(first, first.stat().st_size + moments)
 
     def steps(self, loader, evaluate, draw=None, warn=None):
         """Yield (step, batch); after each step log, save, stop and evaluate as the flags say.
