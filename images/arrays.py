@@ -150,11 +150,10 @@ def check_list(name, header, limit):
 
 def names_in(entry, array):
     """A list of class names as strings. Raises ValueError if one is no text."""
-    try:
-        names = [n.decode() if isinstance(n, bytes) else str(n) for n in array.tolist()]
+    with whole(entry):  # numpy takes any four bytes for a character
+        values = array.tolist()
+        names = [n.decode() if isinstance(n, bytes) else str(n) for n in values]
         "".join(names).encode()
-    except ValueError as error:  # numpy takes any four bytes for a character
-        raise ValueError(f"{entry}: a class name is no text: {error}") from error
     return names
 
 

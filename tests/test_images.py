@@ -290,7 +290,7 @@ DAMAGED = {  # case: (name of the array, what it holds, what the message says)
     "durations": ("train_labels", npy(np.arange(9).astype("m8[s]")), "labels are timedelta64"),
     "one class name": ("classes", npy(np.array("cat")), "a list of at most 65,536 strings"),
     "nested names": ("classes", npy(np.array([["a"], ["b"]])), "a list of at most 65,536 strings"),
-    "no text": ("classes", npy(np.array([2**31], "<u4").view("<U1")), "a class name is no text"),
+    "no text": ("classes", npy(np.array([2**31], "<u4").view("<U1")), "not a whole array file"),
     "mask classes": ("mask_classes", npy(np.arange(256)), "a list of at most 255 strings"),
 }
 
