@@ -224,8 +224,7 @@ def main(argv=None):
         pixels = load_image(image, args.data, args.split, args.data_dir, config.image_size)
         x = batches.standardise(pixels, normalise)
         rows += [attention_row(model, x, pixels, points) for model in models.values()]
-    with outputs.new(args.out) as temporary:
-        pictures.picture(temporary, rows)
+    pictures.picture(args.out, rows, place=outputs.new)
 
 
 if __name__ == "__main__":

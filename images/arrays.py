@@ -5,6 +5,7 @@ needs, before any of them is read or takes memory. Objects are never unpickled.
 """
 
 import contextlib
+import io
 import math
 import os
 import stat
@@ -18,6 +19,7 @@ import numpy as np
 from images import sources
 from plumbing import outputs
 
+FIRST = 2**14  # bytes to read: a header is shorter, though it can claim to have gigabytes
 NEWER = np.lib.format.read_array_header_2_0  # version 3 differs in the names of fields only
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}  # by version of the format; else NEWER
 
@@ -36,10 +38,12 @@ def whole(what):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an array says."""
+    """What the header of an array says, and where it ends."""
 
     shape: tuple
     dtype: np.dtype
+    order: str  # C or Fortran
+    end: int
 
     def nbytes(self):
         """Bytes that the array takes."""
@@ -71,25 +75,27 @@ class Entry:
                 raise ValueError(f"{self} is not a regular file")
             size = status.st_size
         with whole(self), self.open() as file:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = HEADERS.get(version, NEWER)(file)
-            held = size - file.tell()
+            start = io.BytesIO(file.read(FIRST))
+            version = np.lib.format.read_magic(start)
+            shape, fortran, dtype = HEADERS.get(version, NEWER)(start)
+            header = Header(shape, dtype, "F" if fortran else "C", start.tell())
         if dtype.hasobject:
             raise ValueError(f"{self} holds Python objects, which could run code")
-        header = Header(shape, dtype)
         counts = all(type(n) is int and n >= 0 for n in shape)  # a bool is no number
-        if not counts or header.nbytes() != held:
+        if not counts or header.end + header.nbytes() != size:
             raise ValueError(
                 f"{self} is not a whole array file: its header says {sources.type_of(header)}, and "
-                f"{held:,} bytes follow"
+                f"{size - header.end:,} bytes follow"
             )
         return header
 
-    def read(self):
+    def read(self, header):
         """The array: a file's is memory-mapped, a member's is read into memory."""
         with whole(self):
             if self.archive is None:
-                return np.load(self.path, mmap_mode="r", allow_pickle=False)
+                return np.memmap(
+                    self.path, header.dtype, "r", header.end, header.shape, header.order
+                )
             with self.open() as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -132,7 +138,7 @@ def read_entries(path, split, entries):
             f"{path}: its arrays take {outputs.in_words(needed)}, and {outputs.in_words(free)} of "
             "memory are free: a folder of .npy files is memory-mapped instead of read"
         )
-    arrays = {part: entry.read() for part, entry in found.items()}
+    arrays = {part: entry.read(headers[part]) for part, entry in found.items()}
     for part in ("classes", "mask_classes"):
         if part in arrays:
             arrays[part] = names_in(found[part], arrays[part])
