@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
 from images import batches, masked, patches, sets, sources, views
-from plumbing import command_line, log, noise, pictures, published
+from plumbing import command_line, log, noise, outputs, pictures, published
 
 SHOWN = 4  # images in a picture for which none are named
 BATCH = 64  # most images at once
@@ -333,7 +333,7 @@ def draw(models, normalise, args):
         points = mask_points(mask, config.patch_size) if has_masks else default_points(config.grid)
         x = batches.standardise(pixels[None], normalise)
         rows += [attention_row(model, x, pixels, given or points) for model in models.values()]
-    pictures.picture(args.out, rows)
+    pictures.picture(args.out, rows, place=outputs.new)
 
 
 def main(argv=None):
@@ -354,8 +354,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.measure > 0) == bool(args.out) or (args.measure and (args.images or args.points)):
         parser.error("give --out (and images, --points) for a picture, or --measure N")
-    if args.out and Path(args.out).exists():
-        parser.error(f"--out {args.out} exists already: choose a new name")
+    if args.out:
+        outputs.check_new(args.out, args.data)
     models, normalise = load_models(args.checkpoint, normalise=args.normalise)
     if args.measure:
         print_measure(models, normalise, args)

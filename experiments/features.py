@@ -28,7 +28,6 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
 from images import batches, sets, sources, views
-from plumbing import command_line, log, processes, published, signals
+from plumbing import command_line, log, outputs, processes, published, signals
 
 K = 20  # neighbours that vote
 PAIRS = 2**26  # similarities computed at a time, which take a quarter of a gigabyte
@@ -209,14 +208,10 @@ def parse(argv):
 
 def check_run(args):
     """Raise ValueError if --out cannot be a new file, or if there are several processes."""
-    out, count = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         raise ValueError(f"features run in one process, not {count}: start them without torchrun")
-    if out.exists() or not out.parent.is_dir():
-        raise ValueError(
-            f"--out {out} exists already or its folder does not: choose a new name in an existing "
-            "folder"
-        )
+    outputs.check_new(args.out, args.data)
 
 
 def open_parts(args):
@@ -260,13 +255,8 @@ def describe(parts, chosen, labels):
 
 def save(out, arrays):
     """Write a new .npz file, which appears when it is complete."""
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with outputs.new(out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def main(argv=None):
@@ -289,6 +279,7 @@ def main(argv=None):
     )
     # One array for all splits, and a view of each one's rows: the features are large.
     total = sum(map(len, chosen.values()))
+    outputs.check_room(args.out, 4 * total * config.depth * config.dim)
     features = np.empty((total, config.depth, config.dim), np.float32)
     ends = np.cumsum([len(indices) for indices in chosen.values()])
     rows = dict(zip(parts, np.split(features, ends[:-1])))
@@ -297,7 +288,7 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in ("checkpoint", "data", "eval_crop", "amp")}
     settings = asdict(config) | settings | {"kind": kind, "normalise": normalise}
     arrays = {"features": features, **describe(parts, chosen, labels)}
-    save(Path(args.out), arrays | {"config": json.dumps(settings)})
+    save(args.out, arrays | {"config": json.dumps(settings)})
     log.note(f"{args.out}: features {features.shape} in {time.time() - start:.0f} s")
     reason = reason_against_knn(parts, labels)
     if reason:

@@ -36,7 +36,7 @@ DATA = {  # case: (script, flags, what the line must say)
     "no masks": ("seg", "--data {wrong}/no-masks.npz", "no masks"),
     "mask range": ("seg", "--data {wrong}/val-masks.npz",
                    "mask value 8 is out of range for 2 classes"),
-    "pickled array": ("cls", "--data {wrong}/pickled.npz", "allow_pickle=False"),
+    "pickled array": ("cls", "--data {wrong}/pickled.npz", "Python objects, which could run code"),
     "no archive": ("cls", "--data {wrong}/noise.npz", "not a whole array file"),
     "half an archive": ("cls", "--data {wrong}/half.npz", "not a whole array file"),
     "other classes": ("cls", "--data {wrong}/zoo",
