@@ -23,37 +23,37 @@ from torch import nn
 
 from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
 from images import batches, labelled
-from plumbing import command_line, noise, processes, published, schedules
+from plumbing import command_line, memory, noise, processes, published, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, help). base, large: the paper's, ImageNet-1K.
-    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "a data set (docs/data.md)"),
-    "image_size": (24, 28, 112, 224, 224, "pixels; default: --init's. Positions are interpolated"),
-    "labels_per_class": (100, 100, 100, 0, 0, "balanced subset drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "size for --init random"),
-    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "stochastic depth"),
+    # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's.
+    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
+    "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels; default: those of --init"),
+    "labels_per_class": (100, 100, 100, 0, 0, "[0, 1e9]", "balanced subset by the seed; 0: all"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "for random"),
+    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     # augmentation
-    "min_crop": (1.0, 1.0, 0.35, 0.08, 0.08, "least share of the area in a crop; 1: no crop"),
-    "flip": (True, False, True, True, True, "mirror half of the images"),
-    "randaugment": (0.0, 0.0, 0.0, 9.0, 9.0, "magnitude 0 to 10 of two random operations; 0: none"),
-    "erasing": (0.0, 0.0, 0.0, 0.25, 0.25, "probability of random erasing"),
-    "mixup": (0.0, 0.0, 0.0, 0.8, 0.8, "alpha of mixup; 0: none"),
-    "cutmix": (0.0, 0.0, 0.0, 1.0, 1.0, "alpha; 0: none; with mixup, half the steps each"),
-    "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "label smoothing"),
-    "eval_crop": (1.0, 1.0, 1.0, 224 / 256, 224 / 256, "share of the short side to evaluate on"),
+    "min_crop": (1.0, 1.0, 0.35, 0.08, 0.08, "(0, 1]", "least share of the area in a crop"),
+    "flip": (True, False, True, True, True, "", "mirror half of the images"),
+    "randaugment": (0.0, 0.0, 0.0, 9.0, 9.0, "[0, 10]", "magnitude of two operations; 0: none"),
+    "erasing": (0.0, 0.0, 0.0, 0.25, 0.25, "[0, 1]", "probability of random erasing"),
+    "mixup": (0.0, 0.0, 0.0, 0.8, 0.8, "[0, 1000]", "alpha of mixup; 0: none"),
+    "cutmix": (0.0, 0.0, 0.0, 1.0, 1.0, "[0, 1000]", "alpha; 0: none; with mixup, half the steps"),
+    "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "[0, 1]", "label smoothing"),
+    "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "share of the side in evaluation"),
     # optimisation
-    "epochs": (15.0, 10.0, 15.0, 100.0, 50.0, "passes over the labelled images"),
-    "warmup_epochs": (1.5, 1.0, 1.5, 20.0, 5.0, "epochs of linear warm-up"),
-    "batch_size": (40, 50, 50, 1024, 1024, "images per step of all processes; scale lr with it"),
-    "lr": (1e-3, 1e-3, 1e-3, 4e-3, 1e-3, "peak learning rate of the head; cosine to min_lr"),
-    "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, 1e-6, "final learning rate"),
-    "layer_decay": (0.75, 0.75, 0.75, 0.65, 0.75, "lr factor per layer below the head"),
-    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
-    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
-    "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 10_000, 10_000, 50_000, 50_000, "most held-out images to evaluate on"),
-    "save_every": (1000, 1000, 1000, 1000, 1000, "steps between evaluations and checkpoints"),
+    "epochs": (15.0, 10.0, 15.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
+    "warmup_epochs": (1.5, 1.0, 1.5, 20.0, 5.0, "[0, 1e6]", "epochs of linear warm-up"),
+    "batch_size": (40, 50, 50, 1024, 1024, "[1, 1e6]", "images per step of all processes"),
+    "lr": (1e-3, 1e-3, 1e-3, 4e-3, 1e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
+    "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, 1e-6, "[0, 100]", "final learning rate"),
+    "layer_decay": (0.75, 0.75, 0.75, 0.65, 0.75, "(0, 1]", "lr factor per layer below the head"),
+    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
+    "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (1000, 10_000, 10_000, 50_000, 50_000, "[1, 1e9]", "most images to evaluate on"),
+    "save_every": (1000, 1000, 1000, 1000, 1000, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "classification"  # of its checkpoints
 SIZE_OF_INIT = command_line.COLUMNS  # recipes that take the image size of --init
@@ -106,6 +106,7 @@ def prepare(args):
     args.image_size = args.image_size or init["config"]["image_size"]
     train_set, held_out, classes = labelled.open_sets(args, normalise)
     config = finetuned_config(init, args.model, args.image_size, args.drop_path)
+    memory.check(args, config)
     if args.layer is not None and not 1 <= args.layer <= config.depth:
         raise ValueError(f"--layer {args.layer} is not between 1 and the {config.depth} blocks")
     torch.manual_seed(args.seed)
@@ -136,11 +137,9 @@ def main(argv=None):
     command_line.add_init_flags(parser)
     frozen = "train only the norm and the head; crops and flips are the only augmentation"
     parser.add_argument("--linear-probe", action="store_true", help=frozen)
-    layer = "layer that --linear-probe takes features from, 1 to L; default: the last"
-    parser.add_argument("--layer", type=int, help=layer)
+    layer = "layer that --linear-probe takes features from; default: L, the last"
+    command_line.add_number(parser, "--layer", int, "[1, 1000]", layer)
     args = command_line.parse_recipe(parser, RECIPES, argv, SIZE_OF_INIT)
-    if args.layer is not None and not args.linear_probe:
-        parser.error(f"--layer {args.layer} needs --linear-probe")
     if args.linear_probe:  # stochastic depth off: the frozen backbone is in evaluation mode
         args.randaugment = args.erasing = args.mixup = args.cutmix = args.drop_path = 0.0
     process = processes.setup(args.device, args.amp)

@@ -20,36 +20,36 @@ from torch import nn
 
 from beit import Beit, BeitConfig, finetuned_config, init_weight, load_backbone, parameter_groups
 from images import batches, masked, sources
-from plumbing import command_line, noise, pictures, processes, published, schedules
+from plumbing import command_line, memory, noise, pictures, processes, published, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, help). base: the paper's appendix, for ADE20K.
-    "data": ("shapes", "fashion-scenes", None, None, None, "data set with masks (docs/data.md)"),
-    "image_size": (24, 28, 112, 512, 512, "pixels of crop and sliding window"),
-    "train_images": (800, 200, 0, 0, 0, "train on this many images drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "size for --init random"),
-    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "stochastic depth"),
-    "decoder_dim": (64, 64, 64, 256, 256, "channels between the deconvolution layers"),
+    # name: (demo, fashion, photos, base, large, range, help). base: the paper's, for ADE20K.
+    "data": ("shapes", "fashion-scenes", None, None, None, "", "a set with masks (docs/data.md)"),
+    "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "pixels of crop and sliding window"),
+    "train_images": (800, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "for random"),
+    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
+    "decoder_dim": (64, 64, 64, 256, 256, "[8, 65536]", "channels between deconvolution layers"),
     # augmentation
-    "min_scale": (1.0, 1.0, 0.75, 0.5, 0.5, "smallest factor to resize a training image by"),
-    "max_scale": (1.0, 1.0, 1.5, 2.0, 2.0, "largest resize factor, applied before the crop"),
-    "short_side": (0, 0, 112, 512, 512, "resize every image's short side to this first; 0: do not"),
-    "long_side": (0, 0, 0, 2048, 2048, "limit on the long side after resizing; 0: no limit"),
-    "flip": (True, True, True, True, True, "mirror half of the images"),
-    "photometric": (False, False, True, True, True, "vary colours, with hue"),
+    "min_scale": (1.0, 1.0, 0.75, 0.5, 0.5, "[0.01, 100]", "smallest factor to resize an image by"),
+    "max_scale": (1.0, 1.0, 1.5, 2.0, 2.0, "[0.01, 100]", "largest factor; then comes the crop"),
+    "short_side": (0, 0, 112, 512, 512, "[0, 65536]", "resize the short side first; 0: do not"),
+    "long_side": (0, 0, 0, 2048, 2048, "[0, 65536]", "limit on the long side after that; 0: none"),
+    "flip": (True, True, True, True, True, "", "mirror half of the images"),
+    "photometric": (False, False, True, True, True, "", "vary colours, with hue"),
     # optimisation
-    "steps": (100, 300, 600, 160_000, 160_000, "optimisation steps"),
-    "warmup_steps": (10, 30, 60, 1500, 1500, "steps of linear warm-up; then linear to 0"),
-    "decay_from_start": (*(False,) * 3, *(True,) * 2, "decay from step 0, not after warm-up"),
-    "batch_size": (16, 32, 16, 16, 16, "images per step of all processes; scale lr with it"),
-    "lr": (1.6e-2, 8e-3, 4e-3, 1e-3, 1e-3, "peak learning rate of the decoder"),
-    "layer_decay": (0.5, 0.5, 0.65, 0.65, 0.75, "lr factor per layer below the head"),
-    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
-    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
-    "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (500, 1000, 1000, 2000, 2000, "most held-out images to evaluate on"),
-    "save_every": (1000, 1000, 1000, 16_000, 16_000, "steps between evaluations and checkpoints"),
+    "steps": (100, 300, 600, 160_000, 160_000, "[1, 1e9]", "optimisation steps"),
+    "warmup_steps": (10, 30, 60, 1500, 1500, "[0, 1e9]", "linear warm-up; then linear to 0"),
+    "decay_from_start": (*(False,) * 3, *(True,) * 2, "", "decay from step 0, not after warm-up"),
+    "batch_size": (16, 32, 16, 16, 16, "[1, 1e6]", "images per step of all processes"),
+    "lr": (1.6e-2, 8e-3, 4e-3, 1e-3, 1e-3, "[0, 100]", "peak learning rate of the decoder"),
+    "layer_decay": (0.5, 0.5, 0.65, 0.65, 0.75, "(0, 1]", "lr factor per layer below the head"),
+    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
+    "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (500, 1000, 1000, 2000, 2000, "[1, 1e9]", "most images to evaluate on"),
+    "save_every": (1000, 1000, 1000, 16_000, 16_000, "[1, 1e9]", "steps between evaluations"),
 }  # fmt: skip
 KIND = "segmentation"  # of its checkpoints
 SIZE_OF_INIT = ("demo", "fashion")  # recipes that take the image size of --init; the paper's is 512
@@ -172,6 +172,7 @@ def prepare(args):
     args.image_size = args.image_size or init["config"]["image_size"]
     train_set, held_out, classes = masked.open_sets(args, normalise)
     config = finetuned_config(init, args.model, args.image_size, args.drop_path)
+    memory.check(args, config)
     torch.manual_seed(args.seed)
     model = BeitForSegmentation(config, len(classes), args.decoder_dim)
     if init:  # a segmenter of the same classes keeps its decoder

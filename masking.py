@@ -16,10 +16,8 @@ TRIES = 10  # draws of a block before the released generator gives up
 def target(h, w, ratio):
     """Number of patches to mask, an upper limit for blocks: 75/196 gives 75 on 14 x 14.
 
-    Raises ValueError if the ratio is outside (0, 1) or masks no patch or every patch.
+    Raises ValueError if the ratio masks no patch or every patch.
     """
-    if not 0 < ratio < 1:
-        raise ValueError(f"mask ratio {ratio} is outside (0, 1)")
     count = round(ratio * h * w)
     if not 0 < count < h * w:
         raise ValueError(f"mask ratio {ratio} masks {count} of the {h}x{w} patches: change it")
@@ -52,6 +50,17 @@ def blockwise_mask(rng, h, w, count, min_block=16):
             block[...] = True
             masked, tries = masked + new, 0
     return mask
+
+
+def fits(grid, count, min_block):
+    """Can blockwise_mask draw a first block? If not, every mask is empty."""
+    for a in range(1, grid):  # the narrowest of the smallest blocks of each height
+        low = max((a - 0.5) ** 2 / min_block, ASPECT[0])  # a is round(sqrt(min_block * r)) for r
+        r = min((a + 0.5) ** 2 / min_block, ASPECT[1])  # between low and this r
+        b = math.floor(math.sqrt(min_block / r) + 0.5)
+        if low < r and b < grid and a * b <= count:
+            return True
+    return False
 
 
 def printed_mask(rng, h, w, ratio=0.4, min_block=16):
@@ -101,8 +110,8 @@ def make_mask(kind, rng, grid, ratio, min_block):
     Raises ValueError on other names, and if ratio or min_block does not fit the grid.
     """
     count = target(grid, grid, ratio)
-    if not 1 <= min_block <= count:
-        raise ValueError(f"smallest block {min_block} is not between 1 and the {count} to mask")
+    if not 1 <= min_block <= count or kind == "blockwise" and not fits(grid, count, min_block):
+        raise ValueError(f"min block {min_block} fits nowhere: {count} of {grid}x{grid} to mask")
     if kind == "blockwise":
         return blockwise_mask(rng, grid, grid, count, min_block)
     if kind == "printed":

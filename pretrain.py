@@ -39,44 +39,43 @@ import masking
 from beit import STD, Beit, BeitConfig, init_weight, load_backbone, model_config, parameter_groups
 from dvae import load_tokenizer
 from images import batches, patches, sets, views
-from plumbing import advice, command_line, log, noise, pictures, processes, published
+from plumbing import advice, command_line, log, memory, noise, pictures, processes, published
 from plumbing import schedules, weights
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, help). base, large: the paper's, ImageNet-1K.
-    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "a data set (docs/data.md)"),
-    "image_size": (24, 28, 112, 224, 224, "pixels of the view that is cut into patches"),
-    "token_size": (24, 28, 112, 112, 112, "pixels of the same crop for the tokenizer"),
-    "normalise": (*("half",) * 3, *("imagenet",) * 2, "pixel mean and std: half or imagenet"),
-    "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "least share of the area in a crop; 1: no crop"),
-    "flip": (True, True, True, True, True, "mirror half of the images"),
-    "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "vary brightness, contrast, saturation by this"),
+    # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's.
+    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
+    "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels of the view cut into patches"),
+    "token_size": (24, 28, 112, 112, 112, "[1, 65536]", "pixels of that crop for the tokenizer"),
+    "normalise": (*("half",) * 3, *("imagenet",) * 2, "half|imagenet", "pixel mean and std"),
+    "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "(0, 1]", "least share of the area in a crop; 1: none"),
+    "flip": (True, True, True, True, True, "", "mirror half of the images"),
+    "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),
     # masking and targets; table 4 has other values
-    "masking": (*("blockwise",) * 5, "blockwise, printed (Algorithm 1 exactly), random, none"),
-    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "largest share of patches to mask"),
-    "min_block": (4, 4, 16, 16, 16, "smallest block, in patches"),
-    "target": (*("tokens",) * 5, "predict tokens z, or the patch's pixels or normalised-pixels"),
-    "recover": (*("masked",) * 5, "predict tokens at masked positions, or at all"),
+    "masking": (*("blockwise",) * 5, "blockwise|printed|random|none", "printed: as in Algorithm 1"),
+    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share of patches to mask"),
+    "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block, in patches"),
+    "target": (*("tokens",) * 5, "tokens|pixels|normalised-pixels", "z, or the patch's own pixels"),
+    "recover": (*("masked",) * 5, "masked|all", "predict tokens at masked positions, or at all"),
     # backbone
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "size: see MODELS in beit.py"),
-    "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute (E_pos), relative, shared"),
-    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.1, "stochastic depth"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "size"),
+    "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute|relative|shared", "E_pos, bias"),
+    "drop_path": (0.0, 0.0, 0.0, 0.1, 0.1, "[0, 1)", "stochastic depth"),
     # optimisation
-    "epochs": (16.0, 4.4, 40.0, 800.0, 800.0, "passes over the training images"),
-    "warmup_epochs": (1.0, 0.3, 1.0, 10.0, 10.0, "epochs of linear warm-up"),
-    "batch_size": (128, 128, 64, 2048, 2048, "images per step of all processes; scale lr with it"),
-    "lr": (2e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "peak learning rate; cosine to min_lr"),
-    "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "final learning rate"),
-    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "AdamW's second beta; the first is 0.9"),
-    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "AdamW weight decay"),
-    "clip": (3.0, 3.0, 3.0, 3.0, 1.0, "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 5000, 4000, 5000, 5000, "most held-out images to evaluate on"),
-    "save_every": (500, 500, 500, 2500, 2500, "steps between evaluations and checkpoints"),
+    "epochs": (16.0, 4.4, 40.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
+    "warmup_epochs": (1.0, 0.3, 1.0, 10.0, 10.0, "[0, 1e6]", "epochs of linear warm-up"),
+    "batch_size": (128, 128, 64, 2048, 2048, "[1, 1e6]", "images per step of all processes"),
+    "lr": (2e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
+    "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "[0, 100]", "final learning rate"),
+    "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
+    "clip": (3.0, 3.0, 3.0, 3.0, 1.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
+    "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
+    "save_every": (500, 500, 500, 2500, 2500, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 
 KIND = "pretraining"  # of its checkpoints
-TARGETS, RECOVER = ("tokens", "pixels", "normalised-pixels"), ("masked", "all")
 
 
 class BeitForMaskedImageModeling(Beit):
@@ -151,8 +150,6 @@ class MaskedViews(views.Crops):
     def __init__(self, args, source, sizes, grid, train):
         crop = (args.min_crop, args.flip, args.jitter) if train else ()
         super().__init__(source, sizes, train, args.seed, *crop)
-        if args.masking == "none" and args.recover != "all":
-            raise ValueError("--masking none leaves nothing to predict: add --recover all")
         self.masking, self.mask_shape = args.masking, (grid, args.mask_ratio, args.min_block)
         self.mask(0)  # raises ValueError for bad settings before training
         # The largest number of positions to predict in an image.
@@ -260,12 +257,8 @@ def build(args, tokenizer, predicts):
     """The model of the recipe, with the weights of --init if there are any.
 
     predicts: what its head predicts, a digest of the tokenizer or the name of the pixel target.
-    Raises ValueError on unknown names, and unless there is one token per patch.
+    Raises ValueError unless there is one token per patch, or if it does not fit the memory.
     """
-    choices = {"target": TARGETS, "recover": RECOVER, "normalise": batches.NORMALISE}
-    for name, known in choices.items():
-        if getattr(args, name) not in known:
-            raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
     init, changes = None, {"image_size": args.image_size, "drop_path": args.drop_path}
     if args.init:
         kinds = KIND, "classification", "segmentation"
@@ -276,6 +269,7 @@ def build(args, tokenizer, predicts):
         if args.layer_scale is not None:
             changes["layer_scale"] = args.layer_scale
         config = model_config(args.model, positions=args.positions, **changes)
+    memory.check(args, config)
     n_out = tokenizer.config.vocab_size if tokenizer else 3 * config.patch_size**2
     factor = tokenizer.config.downsampling if tokenizer else 0
     if tokenizer and args.token_size != config.grid * factor:
@@ -318,15 +312,11 @@ def dataset(args, split, grid, train):
 def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
     tokenizers = "checkpoint.pt of train_tokenizer.py, or dalle:FOLDER; needed for --target tokens"
-    parser.add_argument("--tokenizer", help=tokenizers)
+    parser.add_argument("--tokenizer", type=command_line.text, help=tokenizers)
     layer_scale = "initial value of LayerScale; 0: none; default: that of --model"
-    parser.add_argument("--layer-scale", type=float, help=layer_scale)
-    parser.add_argument("--recompute", action="store_true", help=command_line.RECOMPUTE)
-    command_line.add_look_flags(parser, "a checkpoint.pt, or published BEiT weights")
+    command_line.add_number(parser, "--layer-scale", float, "[0, 100]", layer_scale)
+    command_line.add_look_flags(parser, "a checkpoint.pt, or published BEiT weights", True)
     args = command_line.parse_recipe(parser, RECIPES, argv)
-    if args.target in TARGETS and (args.tokenizer is None) == (args.target == "tokens"):
-        verb = "needs" if args.tokenizer is None else "has no use for"
-        parser.error(f"--target {args.target} {verb} --tokenizer")
     process = processes.setup(args.device, args.amp)
     tokenizer = load_tokenizer(args.tokenizer).to(process.device) if args.tokenizer else None
     predicts = weights.digest(tokenizer.state_dict()) if tokenizer else args.target

@@ -34,10 +34,12 @@ def parse(argv):
         "--table", type=int, nargs="+", default=[], choices=(1, 3, 4), help="run the paper's tables"
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
+    add("--budgets", action="store_true", help="table 4's rows about masking, each at four budgets")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     add("--seeds", type=int, help="fine-tuning runs per row; default: the recipe's")
     add("--out", help="new folder for all results; default: runs/RECIPE")
     add("--resume", action="store_true", help="keep the finished stages in --out, run the others")
+    add("--scenes", help="images with masks for segmentation (docs/data.md); default: the recipe's")
     add("--data-dir", help="folder with the data set's original files, downloaded if missing")
     add("--jobs", type=int, default=os.cpu_count(), help="stages side by side; default: CPU cores")
     add("--documents", action="store_true", help="only fill the tables of README.md and docs/*.md")
@@ -45,11 +47,14 @@ def parse(argv):
     for name in ("seeds", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.grid14 and args.recipe == "demo":
+    if args.budgets and args.recipe == "demo":
+        parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")
+    if args.grid14 and args.recipe != "fashion":
         parser.error(
-            "--grid14 needs images of 56 x 56 pixels and drawn shapes are smaller: "
-            "use --recipe fashion"
+            "--grid14 repeats fashion's table 4 on scenes of 56 x 56 pixels: use --recipe fashion"
         )
+    if args.recipe == "photos" and not args.scenes and (3 in args.table or args.figure):
+        parser.error("table 3 and figure 2 need images with masks: name a folder as --scenes")
     args.out = Path(args.out or f"runs/{args.recipe}")
     return args
 
@@ -70,10 +75,13 @@ def main(argv=None):
         tables.fill_documents()
         return
     names = [f"table {number}" for number in args.table] + ["grid 14"] * args.grid14
+    names += ["budgets"] * args.budgets
     names += [f"figure {number}" for number in args.figure]
     names = names or ["summary"]
     open_folder(args.out, args.resume)
-    settings = paper.settings(args.recipe, args.seeds)
+    settings = paper.settings(args.recipe, args.seeds, args.scenes)
+    if settings["scenes"] is None:
+        print("no segmentation: name a folder of images with masks as --scenes (docs/data.md)")
     runner = stages.Runner(args.out, args.recipe, settings, args.data_dir, args.jobs)
     runner.plan([paper.EXPERIMENTS[name] for name in names])
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -6,6 +6,7 @@ The order is the paper's. The rest is in tests/: images, runs, bad input, publis
 `python -m pytest` runs everything.
 """
 
+import itertools
 import math
 import random
 
@@ -94,6 +95,23 @@ def test_mask_ratio_out_of_range(ratio):
     """A ratio outside (0, 1), or one that masks no patch, is an error that says so."""
     with pytest.raises(ValueError, match="mask ratio"):
         masking.make_mask("random", random.Random(0), 14, ratio, 16)
+
+
+def test_blocks_that_never_fit_are_refused():
+    """Which grids and sizes masking.fits refuses against a thousand first blocks of each.
+
+    Algorithm 1 as printed cuts a side that is too long, so its masks are never empty.
+    """
+    for grid, count, block in itertools.product(range(2, 8), range(1, 49, 3), range(1, 49, 4)):
+        if block <= count < grid**2:
+            r = np.geomspace(*masking.ASPECT, 1002)[1:-1]
+            a, b = (np.rint(np.sqrt(block * x)) for x in (r, 1 / r))
+            drawn = np.any((a < grid) & (b < grid) & (a * b <= count))
+            assert masking.fits(grid, count, block) == drawn, (grid, count, block)
+    with pytest.raises(ValueError, match="min block 15 fits nowhere: 15 of 4x4 to mask"):
+        masking.make_mask("blockwise", random.Random(0), 4, 0.93, 15)
+    printed = (masking.make_mask("printed", random.Random(s), 4, 0.93, 15) for s in range(50))
+    assert all(mask.any() for mask in printed)
 
 
 # -------------------------------------------------------- section 2.1: the dVAE

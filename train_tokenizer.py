@@ -19,39 +19,39 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dvae import DVAEConfig, build, load_tokenizer
 from images import batches, sets, views
-from plumbing import advice, command_line, log, noise, pictures, processes, schedules
+from plumbing import advice, command_line, log, memory, noise, pictures, processes, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, help). base and large: DALL-E's appendix A.
-    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "a data set (docs/data.md)"),
-    "image_size": (24, 28, 112, 256, 256, "pixels; the trained tokenizer takes other sizes too"),
-    "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "least share of the area in a crop; 1: no crop"),
-    "flip": (True, True, True, True, True, "mirror half of the images"),
+    # name: (demo, fashion, photos, base, large, range, help). base, large: DALL-E's appendix A.
+    "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
+    "image_size": (24, 28, 112, 256, 256, "[1, 65536]", "pixels; the trained one takes others too"),
+    "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "(0, 1]", "least share of the area in a crop; 1: none"),
+    "flip": (True, True, True, True, True, "", "mirror half of the images"),
     # the networks
-    "vocab_size": (256, 512, 1024, 8192, 8192, "|V|, number of visual tokens"),
-    "hidden": (32, 48, 32, 256, 256, "width of the first group of residual blocks"),
-    "groups": (3, 3, 4, 4, 4, "groups of blocks: 2, 3 or 4 for downsampling by 2, 4 or 8"),
-    "blocks_per_group": (1, 1, 1, 2, 2, "residual blocks in each group"),
-    "code_dim": (64, 64, 64, 128, 128, "width of a code in the decoder"),
-    "quantizer": (*("gumbel",) * 5, "gumbel, or vq for VQ-VAE"),
-    "likelihood": ("mse", "mse", "mse", *("logit-laplace",) * 2, "p(x|z): logit-laplace or mse"),
-    "normalise_logits": (True, True, True, False, False, "standardise logits; not in the paper"),
+    "vocab_size": (256, 512, 1024, 8192, 8192, "[1, 1e6]", "|V|, number of visual tokens"),
+    "hidden": (32, 48, 32, 256, 256, "[4, 65536]", "width of the first group of residual blocks"),
+    "groups": (3, 3, 4, 4, 4, "[2, 4]", "groups of blocks; they downsample by 2, 4 or 8"),
+    "blocks_per_group": (1, 1, 1, 2, 2, "[1, 1000]", "residual blocks in each group"),
+    "code_dim": (64, 64, 64, 128, 128, "[1, 65536]", "width of a code in the decoder"),
+    "quantizer": (*("gumbel",) * 5, "gumbel|vq", "relaxation, or VQ-VAE's nearest code"),
+    "likelihood": ("mse", "mse", "mse", *("logit-laplace",) * 2, "logit-laplace|mse", "p(x|z)"),
+    "normalise_logits": (True, True, True, False, False, "", "standardise logits; not the paper's"),
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
-    "tau": (*(1 / 16,) * 5, "final temperature of Gumbel-softmax; cosine from 1"),
-    "tau_steps": (300, 350, 500, 150_000, 150_000, "steps until the final temperature"),
-    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "final weight of the KL, relative to the likelihood term"),
-    "beta_steps": (0, 0, 0, 5000, 5000, "steps until the final KL weight"),
+    "tau": (*(1 / 16,) * 5, "[1e-4, 1e4]", "final temperature of Gumbel-softmax; cosine from 1"),
+    "tau_steps": (300, 350, 500, 150_000, 150_000, "[0, 1e9]", "steps until the final temperature"),
+    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final weight of the KL against p(x|z)"),
+    "beta_steps": (0, 0, 0, 5000, 5000, "[0, 1e9]", "steps until the final KL weight"),
     # optimisation
-    "steps": (600, 700, 1000, 3_000_000, 3_000_000, "optimisation steps"),
-    "batch_size": (64, 64, 32, 512, 512, "images per step of all processes; scale lr with it"),
-    "lr": (4e-3, 4e-3, 4e-3, 1e-4, 1e-4, "peak learning rate; cosine to min_lr"),
-    "min_lr": (1e-4, 1e-4, 1e-4, 1.25e-6, 1.25e-6, "final learning rate"),
-    "warmup_steps": (50, 50, 50, 5000, 5000, "steps of linear warm-up"),
-    "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "AdamW weight decay"),
-    "ema": (0.0, 0.0, 0.0, 0.999, 0.999, "decay of the EMA weights, the tokenizer's; 0: none"),
-    "eval_images": (1000, 5000, 4000, 5000, 5000, "most held-out images to evaluate on"),
-    "save_every": (1000, 1000, 1000, 5000, 5000, "steps between evaluations and checkpoints"),
+    "steps": (600, 700, 1000, 3_000_000, 3_000_000, "[1, 1e9]", "optimisation steps"),
+    "batch_size": (64, 64, 32, 512, 512, "[1, 1e6]", "images per step of all processes"),
+    "lr": (4e-3, 4e-3, 4e-3, 1e-4, 1e-4, "[0, 100]", "peak learning rate; cosine to min_lr"),
+    "min_lr": (1e-4, 1e-4, 1e-4, 1.25e-6, 1.25e-6, "[0, 100]", "final learning rate"),
+    "warmup_steps": (50, 50, 50, 5000, 5000, "[0, 1e9]", "steps of linear warm-up"),
+    "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "[0, 100]", "AdamW weight decay"),
+    "ema": (0.0, 0.0, 0.0, 0.999, 0.999, "[0, 1)", "decay of the EMA, which is saved; 0: none"),
+    "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
+    "save_every": (1000, 1000, 1000, 5000, 5000, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "tokenizer"  # of its checkpoints
 
@@ -113,13 +113,13 @@ def build_model(args):
     Raises ValueError if the image size does not divide into tokens.
     """
     names = DVAEConfig.__dataclass_fields__
-    if args.init:
-        model = load_tokenizer(args.init).requires_grad_(True).train()
+    model = load_tokenizer(args.init).requires_grad_(True).train() if args.init else None
+    if model:
         log.note(f"--init {args.init}: its weights, and its sizes in place of the recipe's")
         vars(args).update({name: getattr(model.config, name) for name in names})
-    else:
-        model = build(DVAEConfig(**{name: getattr(args, name) for name in names}))
-    factor = model.config.downsampling
+    config = DVAEConfig(**{name: getattr(args, name) for name in names})
+    memory.check(args, config)
+    model, factor = model or build(config), config.downsampling
     if args.image_size % factor:
         raise ValueError(f"image size {args.image_size} is not a multiple of {factor} (--groups)")
     return model

@@ -3,46 +3,107 @@
     python -m experiments.attention runs/beit/checkpoint.pt photo.jpg --out attention.png \\
         --points 4,4 9,7
     python -m experiments.attention runs/beit/checkpoint.pt 3 7 --data shapes --out attention.png
+    python -m experiments.attention runs/beit/checkpoint.pt --data PHOTOS --split test --out a.png
     python -m experiments.attention runs/beit/checkpoint.pt --data shapes --measure 500
 
-The second command takes images 3 and 7 of the validation split, counted from 0.
+The second command takes images 3 and 7 of the validation split, counted from 0; the third takes
+four images spread evenly over the test split.
 
 The picture has two rows for each image: the pre-trained model, and the same network with random
 weights. A row shows the image with the reference patches framed. Then it shows, for each reference
 patch, the mean over heads of softmax(q k^T / sqrt(D/heads)), with the relative bias if the model
-has one: brightest = most attended. Points are row,column in patches, from 0 at the top left.
+has one: brightest = most attended. Points are row,column in patches, from 0 at the top left. By
+default there are five across the image or, in a set with masks, two on the largest object and one
+on background.
 
 The paper claims that attention separates objects. --measure tests this on images with masks: how
 well does the attention from a patch on an object rank patches of the same class before all others
-(average precision)? It prints the same for random weights, and for two rankings that need no
-network: by distance in the image, and by similarity of the pixels.
+(average precision)? Class 0 counts as background. It prints the same for random weights, and for
+both the mean over heads and the single head, counted from 0, that is best on the validation split.
+Four rankings need no network: by distance in the image, by similarity of the pixels, by distance
+from the image's centre whatever the reference patch (photographers put objects there), and chance.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
-from images import batches, sets, sources, views
-from plumbing import command_line, noise, pictures, published
+from images import batches, masked, patches, sets, sources, views
+from plumbing import command_line, log, noise, outputs, pictures, published
+
+SHOWN = 4  # images in a picture for which none are named
+BATCH = 64  # most images at once
+BACKGROUND = 0  # its class number
+WEIGHTS = 2**21  # most attention weights at once of a model, which bounds the memory
+
+# -------------------------------------------------------- images and masks as the model sees them
 
 
-def load_image(image, data, split, data_dir, size):
-    """Load an image, cropped to its central square: (1, 3, size, size) in [0, 1].
+def is_cropped(source, size):
+    """Whether a set's images are seen in part: arrays, unless they are smaller than the model."""
+    return isinstance(source, sources.Arrays) and min(source.images.shape[1:3]) >= size
 
-    image: an image file, or a number in the `split` of the data set that --data names. Raises
-    ValueError if there is no such image.
+
+def view_text(source, size):
+    """A sentence that says what the model sees of a set's images."""
+    part = "a random crop of" if is_cropped(source, size) else "the centred square, resized to"
+    return f"{source.name}: of each image {part} {size}x{size} pixels"
+
+
+class Seen:
+    """A set's images and masks as the model sees them.
+
+    seen[index]: pixels (3, size, size) in [0, 1] and class numbers (size, size), or None without
+    masks. Of arrays with masks it is a random crop, whose place depends on the image's number only;
+    of everything else the largest centred square, resized. Raises ValueError naming an image or a
+    mask that cannot be used.
     """
-    if image.isdigit():
-        source, index = sets.open_source(data, split, data_dir), int(image)
-        if index >= len(source):
+
+    def __init__(self, source, size, normalise):
+        self.source, self.size, self.samples = source, size, None
+        if source.masks is not None:  # this checks each mask against its image and its classes
+            args, classes = argparse.Namespace(seed=0), len(source.mask_classes)
+            self.samples = masked.MaskedImages(args, source, classes, normalise, train=False)
+
+    def __getitem__(self, index):
+        if not self.samples:
+            return self.square(self.source.read([index])), None
+        image, mask = self.samples.read_pair([index])  # uint8 (1, H, W, 3) and (1, H, W)
+        size = self.size
+        if is_cropped(self.source, size):
+            rng = noise.sample_rng(0, index)
+            top, left = (rng.randint(0, side - size) for side in mask.shape[1:])
+            image, mask = (a[:, top : top + size, left : left + size] for a in (image, mask))
+        return self.square(image), torch.from_numpy(views.centre_square_mask(mask[0], size))
+
+    def square(self, image):
+        """The largest centred square of uint8 (1, H, W, 3), resized: (3, size, size) in [0, 1]."""
+        return views.centre_square(image, self.size)[0].float() / 255
+
+
+def see_images(images, source, size, normalise):
+    """The images of a picture as the model sees them, a list: see Seen.
+
+    images: image files, or numbers of images in the source, which may be None if there are none.
+    Raises ValueError if there is no such image.
+    """
+    numbered, found = source and Seen(source, size, normalise), []
+    for image in images:
+        if image.isdigit() and int(image) >= len(source):
             raise ValueError(f"image {image}: {source.name} has only images 0 to {len(source) - 1}")
-    elif Path(image).is_file():
-        source, index = sources.Files(image, [Path(image)]), 0
-    else:
-        raise ValueError(f"image {image}: no such file, and not a number")
-    return views.centre_square(source.read([index]), size) / 255
+        if image.isdigit():
+            found.append(numbered[int(image)])
+        elif Path(image).is_file():
+            found.append(Seen(sources.Files(image, [Path(image)]), size, normalise)[0])
+        else:
+            raise ValueError(f"image {image}: no such file, and not a number")
+    return found
+
+
+# -------------------------------------------------------- the picture
 
 
 def parse_point(text, grid):
@@ -62,6 +123,26 @@ def default_points(grid):
     return [(near, near), (near, far), (middle, middle), (far, near), (far, far)]
 
 
+def filled_patches(shown, patch):
+    """(row, column) of the patches that bool (H, W) fills best, in reading order: (n, 2)."""
+    share = F.avg_pool2d(shown.float()[None], patch)[0]  # (h, w)
+    return (share >= 0.75 * share.max()).nonzero()
+
+
+def mask_points(mask, patch):
+    """Three reference patches for an image with a mask (H, W): [(row, column)].
+
+    Two lie on the largest object, in reading order at a quarter and at three quarters of its
+    patches, and one on background, as far from the object as possible.
+    """
+    objects = mask[(mask != BACKGROUND) & (mask != sources.IGNORE)]
+    largest = objects.mode().values if len(objects) else BACKGROUND
+    inside, outside = (filled_patches(mask == c, patch) for c in (largest, BACKGROUND))
+    farthest = torch.cdist(outside.float(), inside.float()).amin(1).argmax()
+    chosen = inside[len(inside) // 4], inside[3 * len(inside) // 4], outside[farthest]
+    return [tuple(point.tolist()) for point in chosen]
+
+
 def frame(image, point, patch):
     """A copy of the image (3, H, W) with a red frame around one patch of `patch` pixels."""
     top, left = (p * patch for p in point)
@@ -74,24 +155,27 @@ def frame(image, point, patch):
 
 
 def patch_attention(model, x):
-    """The last layer's attention between patches, the mean over heads: (1, 3, H, W) -> (N, N)."""
-    return model.last_attention(x)[0].mean(0)[1:, 1:]  # without e_[S]
+    """Block L's attention between patches: (B, 3, H, W) -> (B, heads, N, N), without e_[S]."""
+    return model.last_attention(x)[..., 1:, 1:]
 
 
 def attention_row(model, x, pixels, points):
     """One row of the picture: (1 + points, 3, H, W) in [0, 1].
 
-    x: the image as the model sees it, (1, 3, H, W); pixels: the same in [0, 1].
+    x: the image as the model sees it, (1, 3, H, W); pixels: the same in [0, 1], (3, H, W).
     """
     grid, patch = model.config.grid, model.config.patch_size
-    attention = patch_attention(model, x)
-    marked, maps = pixels[0], []
+    attention = patch_attention(model, x)[0].mean(0)  # (N, N)
+    marked, maps = pixels, []
     for row, column in points:
         marked = frame(marked, (row, column), patch)
         seen = attention[row * grid + column].view(1, 1, grid, grid)
         seen = F.interpolate(seen / seen.max(), scale_factor=patch, mode="nearest")
         maps.append(frame(seen[0].expand(3, -1, -1), (row, column), patch))
     return torch.stack([marked, *maps])
+
+
+# -------------------------------------------------------- the measure
 
 
 def average_precision(scores, relevant):
@@ -108,71 +192,106 @@ def average_precision(scores, relevant):
     return (precision * hits).sum(-1) / hits.sum(-1)
 
 
-def patch_classes(mask, patch):
-    """The commonest class in each patch of `patch` pixels: (H, W) -> (N,)."""
-    rows = mask.unfold(0, patch, patch).unfold(1, patch, patch).flatten(2).flatten(0, 1)  # (N, P²)
-    return rows.mode(-1).values
+def patch_classes(masks, patch):
+    """The commonest class in each patch of `patch` pixels: (B, H, W) -> (B, N)."""
+    pixels = masks.unfold(1, patch, patch).unfold(2, patch, patch)  # (B, h, w, P, P)
+    return pixels.flatten(3).flatten(1, 2).mode(-1).values
 
 
-def random_crop(source, index, size):
-    """A square of an image and its mask: pixels (1, 3, size, size) in [0, 1], mask (size, size).
+def references(pixels, config):
+    """Three rankings that need no network, as attention: {name: (B, 1, N, N)}.
 
-    The place depends on the image's number only. Raises ValueError if the image is too small.
+    pixels: (B, 3, H, W). By nearness to the reference patch in the image, by its likeness in pixel
+    values, and by nearness to the image's centre, which is the same for all reference patches.
     """
-    image = torch.from_numpy(source.read([index]))  # (1, H, W, 3)
-    mask = torch.from_numpy(source.read_masks([index]))  # (1, H, W)
-    height, width = mask.shape[1:]
-    if min(height, width) < size:
-        raise ValueError(
-            f"{source.name}: image {index} has {height}x{width} pixels, fewer than the model's "
-            f"{size}x{size}"
-        )
-    rng = noise.sample_rng(0, index)
-    top, left = rng.randint(0, height - size), rng.randint(0, width - size)
-    image, mask = (a[:, top : top + size, left : left + size] for a in (image, mask))
-    return image.permute(0, 3, 1, 2).float() / 255, mask[0]
+    grid = config.grid
+    cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()  # (N, 2)
+    to_centre = torch.cdist(torch.full((1, 2), (grid - 1) / 2), cells)  # (1, N)
+    x = patches.to_patches(pixels, config.patch_size)
+    distances = {
+        "nearness": torch.cdist(cells, cells),
+        "pixels": torch.cdist(x, x),
+        "centre": to_centre,
+    }
+    shape = len(pixels), 1, grid**2, grid**2
+    return {name: -d.view(-1, 1, *d.shape[-2:]).expand(shape) for name, d in distances.items()}
+
+
+def rank_patches(scores, classes):
+    """How well patches are ranked for each reference patch on an object, n in all.
+
+    scores: (B, R, N, N), the rows for reference patches; classes: (B, N). All other patches are
+    ranked, and those of the same class are relevant. Returns the average precision of each of the R
+    rankings and, last, the share of relevant patches: (n, R + 1).
+    """
+    same = classes[:, :, None] == classes[:, None]  # (B, N, N)
+    on_object = (classes != BACKGROUND) & (classes != sources.IGNORE)
+    image, i = (on_object & (same.sum(2) > 1)).nonzero(as_tuple=True)
+    others = torch.arange(classes.shape[1] - 1).expand(len(i), -1)
+    others = others + (others >= i[:, None])  # (n, N-1), all but i
+    relevant = same[image, i].gather(1, others)  # (n, N-1)
+    ranked = scores[image, :, i]  # (n, R, N)
+    ranked = ranked.gather(2, others[:, None].expand(-1, ranked.shape[1], -1))
+    precision = average_precision(ranked, relevant[:, None].expand_as(ranked))
+    return torch.cat([precision, relevant.float().mean(1, keepdim=True)], dim=1)
 
 
 @torch.no_grad()
 def separation(models, normalise, source, count):
-    """How well each model's attention separates objects in the first `count` images of a source.
+    """How well each model's attention separates objects in `count` images spread over a source.
 
-    models: {name: Beit}; normalise: name of the pixel mean and std that they were trained with.
-    For every patch on an object, all other patches are ranked by the attention they get from it;
-    patches of the same class are relevant. Returns {name: mean average precision in percent} for
-    the models and for three references: nearness and pixels rank by distance in the image and in
-    pixel values, and chance is the share of relevant patches. Raises ValueError if the source has
-    no masks or no object.
+    models: {name: Beit}, all of one shape; normalise: name of the pixel mean and std that they were
+    trained with. For every patch on an object, all other patches are ranked by the attention they
+    get from it; patches of the same class are relevant. Returns the mean average precision in
+    percent: {name: (1 + heads,)} for the models, the mean over heads and then each head, and
+    {name: (1,)} for `references` and for chance. Raises ValueError if the source has no masks or no
+    object.
     """
-    if source.masks is None:
+    config = next(iter(models.values())).config
+    seen = Seen(source, config.image_size, normalise)
+    if not seen.samples:
         raise ValueError(
             f"{source.name} has no masks, which show where objects are; shapes and "
             "fashion-scenes have them"
         )
-    config = next(iter(models.values())).config
-    size, grid, patch = config.image_size, config.grid, config.patch_size
-    cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()  # (N, 2)
-    found = {name: [] for name in (*models, "nearness", "pixels", "chance")}
-    others = ~torch.eye(grid**2, dtype=torch.bool)  # (N, N)
-    for index in range(min(count, len(source))):
-        pixels, mask = random_crop(source, index, size)
-        classes = patch_classes(mask, patch)
-        same = classes[:, None] == classes  # (N, N)
-        on_object = (classes != 0) & (classes != sources.IGNORE)
-        queries = on_object & ((same & others).sum(1) > 0)
-        patches = F.pixel_unshuffle(pixels, patch)[0].flatten(1).T  # (N, 3P²)
-        x = batches.standardise(pixels, normalise)
-        scores = {name: patch_attention(model, x) for name, model in models.items()}
-        scores["nearness"] = -torch.cdist(cells, cells)
-        scores["pixels"] = -torch.cdist(patches, patches)
-        relevant = same[others].view(grid**2, -1)[queries]  # (queries, N - 1)
-        for name, score in scores.items():
-            ranked = score[others].view(grid**2, -1)[queries]
-            found[name].append(average_precision(ranked, relevant))
-        found["chance"].append(relevant.float().mean(1))
-    if not sum(map(len, found["chance"])):
-        raise ValueError(f"{source.name}: no object in its first {count} images fills two patches")
-    return {name: 100 * torch.cat(values).mean().item() for name, values in found.items()}
+    batch = min(BATCH, max(1, WEIGHTS // (config.heads * config.grid**4)))
+    indices, found = batches.spread(len(source), count), []
+    for start in range(0, len(indices), batch):
+        pixels, masks = zip(*(seen[index] for index in indices[start : start + batch]))
+        pixels, classes = torch.stack(pixels), patch_classes(torch.stack(masks), config.patch_size)
+        scores = {}  # {name: (B, rankings, N, N)}
+        for name, model in models.items():
+            heads = patch_attention(model, batches.standardise(pixels, normalise))
+            scores[name] = torch.cat([heads.mean(1, keepdim=True), heads], dim=1)
+        scores |= references(pixels, config)
+        found.append(rank_patches(torch.cat(list(scores.values()), dim=1), classes))
+    found = torch.cat(found)
+    if not len(found):
+        raise ValueError(f"{source.name}: no object in {len(indices)} images fills two patches")
+    sizes = [values.shape[1] for values in scores.values()]
+    return dict(zip([*scores, "chance"], (100 * found.mean(0)).split([*sizes, 1])))
+
+
+def measure(models, normalise, source, validation, count):
+    """separation() as the rows of a table: [(ranking, average precision, note)].
+
+    Each model has a row for the mean over heads and one for its best head, which is chosen on
+    `count` images of the source `validation`. The note says which it is and its score there.
+    """
+    found = separation(models, normalise, source, count)
+    is_same = validation is source
+    chosen = found if is_same else separation(models, normalise, validation, count)
+    rows = []
+    for name, values in found.items():
+        if name not in models:
+            rows.append((name, values.item(), None))
+            continue
+        head = chosen[name][1:].argmax().item()
+        score = chosen[name][1 + head].item()
+        note = "chosen on these images" if is_same else f"{score:.1f} on validation images"
+        rows.append((f"{name}, mean over heads", values[0].item(), None))
+        rows.append((f"{name}, best head", values[1 + head].item(), f"head {head}, {note}"))
+    return rows
 
 
 def load_models(checkpoint, seed=0, normalise="auto"):
@@ -189,15 +308,43 @@ def load_models(checkpoint, seed=0, normalise="auto"):
     return {"pre-trained": trained, "random weights": fresh}, state["normalise"]
 
 
+def print_measure(models, normalise, args):
+    """Print the table of --measure."""
+    source = sets.open_source(args.data, args.split, args.data_dir)
+    validation = source
+    if args.split != "val":
+        validation = sets.open_source(args.data, "val", args.data_dir)
+    log.note(view_text(source, models["pre-trained"].config.image_size))
+    for name, percent, note in measure(models, normalise, source, validation, args.measure):
+        print(f"{name:31s} average precision {percent:.1f}" + (f" ({note})" if note else ""))
+
+
+def draw(models, normalise, args):
+    """Draw the picture --out."""
+    config, images, source = models["pre-trained"].config, args.images, None
+    given = [parse_point(text, config.grid) for text in args.points or []]
+    if not images or any(image.isdigit() for image in images):
+        source = sets.open_source(args.data, args.split, args.data_dir)
+        images = images or [str(index) for index in batches.spread(len(source), SHOWN)]
+    seen = see_images(images, source, config.image_size, normalise)
+    has_masks = all(mask is not None for _, mask in seen)  # every row needs as many points
+    rows = []
+    for pixels, mask in seen:
+        points = mask_points(mask, config.patch_size) if has_masks else default_points(config.grid)
+        x = batches.standardise(pixels[None], normalise)
+        rows += [attention_row(model, x, pixels, given or points) for model in models.values()]
+    pictures.picture(args.out, rows, place=outputs.new)
+
+
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     parser.add_argument("checkpoint", help="checkpoint.pt of ours, or published BEiT weights")
-    help_text = "image files, or numbers of images in --data"
+    help_text = "image files, or numbers of images in --data; default: four spread over it"
     parser.add_argument("images", nargs="*", help=help_text)
-    help_text = "reference patches as row,column; default: five across the image"
+    help_text = "reference patches as row,column; default: by the mask, or five across the image"
     parser.add_argument("--points", nargs="+", help=help_text)
     parser.add_argument("--out", help="PNG file to write")
-    help_text = "score N images of --data and write no picture"
+    help_text = "score N images spread over --data and write no picture"
     parser.add_argument("--measure", type=int, default=0, metavar="N", help=help_text)
     help_text = "data set for numbers and for --measure: a name or a path"
     parser.add_argument("--data", default="shapes", help=help_text)
@@ -205,26 +352,15 @@ def main(argv=None):
     parser.add_argument("--split", default="val", choices=sources.SPLITS, help="split of --data")
     command_line.add_normalise_flag(parser)
     args = parser.parse_args(argv)
-    picture = bool(args.images and args.out)
-    nothing_else = not (args.images or args.out or args.points)
-    if (args.measure > 0) == picture or (args.measure and not nothing_else):
-        parser.error("give images and --out (and --points) for a picture, or --measure N")
-    if args.out and Path(args.out).exists():
-        parser.error(f"--out {args.out} exists already: choose a new name")
+    if (args.measure > 0) == bool(args.out) or (args.measure and (args.images or args.points)):
+        parser.error("give --out (and images, --points) for a picture, or --measure N")
+    if args.out:
+        outputs.check_new(args.out, args.data)
     models, normalise = load_models(args.checkpoint, normalise=args.normalise)
-    config = models["pre-trained"].config
     if args.measure:
-        source = sets.open_source(args.data, args.split, args.data_dir)
-        for name, percent in separation(models, normalise, source, args.measure).items():
-            print(f"{name:16s} average precision {percent:.1f}")
-        return
-    given = [parse_point(text, config.grid) for text in args.points or []]
-    points, rows = given or default_points(config.grid), []
-    for image in args.images:
-        pixels = load_image(image, args.data, args.split, args.data_dir, config.image_size)
-        x = batches.standardise(pixels, normalise)
-        rows += [attention_row(model, x, pixels, points) for model in models.values()]
-    pictures.picture(args.out, rows)
+        print_measure(models, normalise, args)
+    else:
+        draw(models, normalise, args)
 
 
 if __name__ == "__main__":

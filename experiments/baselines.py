@@ -9,6 +9,9 @@ from images import batches, sets, sources
 from plumbing import command_line
 
 
+LARGEST = 32  # pixels along a side for logistic regression; larger images are resized
+
+
 def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
     """Test accuracy in percent of multinomial logistic regression on raw pixels.
 
@@ -16,9 +19,11 @@ def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
     """
 
     def pixels(source):
-        # as stored: one channel if the images are grey
-        x = torch.from_numpy(np.array(source.images)).flatten(1).float() / 255
-        return x, torch.from_numpy(source.labels)
+        images = torch.from_numpy(np.array(source.images)).float() / 255
+        if images.shape[1] > LARGEST:  # photographs
+            images = images.permute(0, 3, 1, 2)
+            images = F.interpolate(images, (LARGEST, LARGEST), mode="bicubic", antialias=True)
+        return images.flatten(1), torch.from_numpy(source.labels)  # grey images: one channel
 
     def fit(x, y, penalty):
         weight = torch.zeros(x.shape[1] + 1, len(train.classes), requires_grad=True)
@@ -68,8 +73,9 @@ def commonest_class(runner):
     test = sets.open_source(runner.settings["scenes"], "test", runner.data_dir)
     column = command_line.COLUMNS.index(runner.recipe)
     shown = batches.spread(len(test), finetune_seg.RECIPES["eval_images"][column])
-    masks = torch.from_numpy(test.read_masks(list(shown)))
     classes = len(test.mask_classes)
-    counts = masks[masks != sources.IGNORE].flatten().bincount(minlength=classes)
-    guess = counts.argmax().expand_as(masks)
-    return finetune_seg.mean_iou(finetune_seg.confusion_matrix(masks, guess, classes))[0]
+    masks = (torch.from_numpy(test.read_masks([index])) for index in shown)
+    counts = sum(m[m != sources.IGNORE].bincount(minlength=classes) for m in masks)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    matrix[:, counts.argmax()] = counts  # row: true class; column: the class that is predicted
+    return finetune_seg.mean_iou(matrix)[0]

@@ -28,7 +28,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
 from images import batches, sets, sources, views
-from plumbing import command_line, log, processes, published, signals
+from plumbing import command_line, log, outputs, processes, published, signals
 
 K = 20  # neighbours that vote
 PAIRS = 2**26  # similarities computed at a time, which take a quarter of a gigabyte
@@ -158,6 +158,21 @@ def reason_against_knn(parts, labels):
     return None
 
 
+def knn_accuracies(model, normalise, parts):
+    """k-NN accuracy in percent of every layer: {split: source} of train and one more, all images.
+
+    The model's evaluation views, in float32.
+    """
+    args = SimpleNamespace(eval_images=sys.maxsize, eval_crop=1.0, batch_size=64, accumulate=1,
+                           workers=None)  # fmt: skip
+    found = []
+    for source in parts.values():
+        rows = np.empty((len(source), model.config.depth, model.config.dim), np.float32)
+        extract(model, source, args, normalise, processes.Process(), rows)
+        found.append((rows, source.labels))
+    return accuracies(*found, torch.device("cpu"))
+
+
 # -------------------------------------------------------- the command
 
 
@@ -174,36 +189,29 @@ def parse(argv):
     help_text = "split that k-NN classifies by the images of train"
     either.add_argument("--eval-split", default="val", choices=("val", "test"), help=help_text)
     help_text = "at most this many images of each split, evenly spread; default: all"
-    add("--images", type=int, dest="eval_images", metavar="N", default=sys.maxsize, help=help_text)
+    images = {"dest": "eval_images", "default": sys.maxsize}
+    command_line.add_number(parser, "--images", int, "[1, 1e9]", help_text, **images)
     help_text = "share of the short side to see; 0.875 is the paper's below 384 pixels"
-    add("--eval-crop", type=float, default=1.0, help=help_text)
+    command_line.add_number(parser, "--eval-crop", float, "[0.1, 1]", help_text, default=1.0)
     help_text = "pixel mean and std; auto: the checkpoint's, half for published weights"
     add("--normalise", default="auto", choices=("auto", "half", "imagenet"), help=help_text)
     add("--device", default="auto", help="auto, cpu or cuda")
     help_text = "autocast precision; auto is bf16 where the hardware has it, else off"
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=help_text)
-    add("--batch-size", type=int, default=64, help="images per pass")
+    batch = "images per pass"
+    command_line.add_number(parser, "--batch-size", int, "[1, 1e6]", batch, default=64)
     help_text = "loader processes; auto: one per core for image files, none for arrays"
     add("--workers", type=command_line.workers, default="auto", help=help_text)
     parser.set_defaults(accumulate=1)  # eval_batches divides the batch by it
-    args = parser.parse_args(argv)
-    command_line.check_number(parser, "eval_crop", args.eval_crop)
-    for flag, value in (("--images", args.eval_images), ("--batch-size", args.batch_size)):
-        if value < 1:
-            parser.error(f"{flag} {value} must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def check_run(args):
     """Raise ValueError if --out cannot be a new file, or if there are several processes."""
-    out, count = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         raise ValueError(f"features run in one process, not {count}: start them without torchrun")
-    if out.exists() or not out.parent.is_dir():
-        raise ValueError(
-            f"--out {out} exists already or its folder does not: choose a new name in an existing "
-            "folder"
-        )
+    outputs.check_new(args.out, args.data)
 
 
 def open_parts(args):
@@ -247,13 +255,8 @@ def describe(parts, chosen, labels):
 
 def save(out, arrays):
     """Write a new .npz file, which appears when it is complete."""
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with outputs.new(out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def main(argv=None):
@@ -276,6 +279,7 @@ def main(argv=None):
     )
     # One array for all splits, and a view of each one's rows: the features are large.
     total = sum(map(len, chosen.values()))
+    outputs.check_room(args.out, 4 * total * config.depth * config.dim)
     features = np.empty((total, config.depth, config.dim), np.float32)
     ends = np.cumsum([len(indices) for indices in chosen.values()])
     rows = dict(zip(parts, np.split(features, ends[:-1])))
@@ -284,7 +288,7 @@ def main(argv=None):
     settings = {name: getattr(args, name) for name in ("checkpoint", "data", "eval_crop", "amp")}
     settings = asdict(config) | settings | {"kind": kind, "normalise": normalise}
     arrays = {"features": features, **describe(parts, chosen, labels)}
-    save(Path(args.out), arrays | {"config": json.dumps(settings)})
+    save(args.out, arrays | {"config": json.dumps(settings)})
     log.note(f"{args.out}: features {features.shape} in {time.time() - start:.0f} s")
     reason = reason_against_knn(parts, labels)
     if reason:

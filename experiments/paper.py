@@ -6,14 +6,17 @@ single value was chosen there in the same way. All results are on the test split
 """
 
 import collections
+import json
 import re
+import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 import pretrain
-from experiments import attention, baselines
-from experiments.tables import run_cell
+from experiments import attention, baselines, features
+from experiments.tables import all_values, run_cell
 from images import sets
-from plumbing import command_line
+from plumbing import command_line, pictures
 
 # 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper. In all, 1.7 times as many
 # patches as in the `fashion` recipe.
@@ -21,44 +24,51 @@ GRID14 = ("--image-size", 56, "--token-size", 56, "--mask-ratio", 75 / 196, "--m
 GRID14 += ("--batch-size", 64, "--epochs", 12.5, "--warmup-epochs", 0.8)
 GRID14_SEGMENT = ("--image-size", 56, "--batch-size", 16)
 
-COLUMNS = ("demo", "fashion")
+COLUMNS = ("demo", "fashion", "photos")
 RECIPES = {
-    # name: (demo, fashion, help)
-    "data": ("shapes", "fashion-mnist", "images for pre-training and classification"),
-    "scenes": ("shapes", "fashion-scenes", "images with masks, for segmentation"),
-    "seeds": (3, 3, "fine-tuning runs per row, each with its own labelled images"),
-    "labels": ((100,), (100, 10), "labels per class for fine-tuning the classifier"),
-    "cls_epochs": ((15.0,), (10.0, 100.0), "epochs for each of `labels`: equally many steps"),
-    "cls_batch": (40, 50, "batch size of the classifier"),
-    "cls_lr": ((1e-3,), (1e-3, 2e-3), "learning rates of pre-trained classifiers"),
-    "cls_lr_random": ((5e-4,), (2.5e-4, 5e-4, 1e-3), "learning rates of classifiers from scratch"),
-    "seg_images": (800, 200, "images with masks for fine-tuning the segmenter"),
-    "seg_lr": ((1.6e-2,), (8e-3,), "learning rates of pre-trained segmenters"),
-    "seg_lr_random": ((4e-3, 8e-3), (2e-3, 4e-3, 8e-3), "learning rates from random weights"),
-    "longer": (0, 4, "also train from scratch for this many times the steps; 0: do not"),
+    # name: (demo, fashion, photos, help)
+    "data": ("shapes", "fashion-mnist", "imagenette", "images for pre-training and classification"),
+    "scenes": ("shapes", "fashion-scenes", None, "images with masks, for segmentation"),
+    "seeds": (3, 3, 3, "fine-tuning runs per row, each with its own labelled images"),
+    "labels": ((100,), (100, 10), (100,), "labels per class for fine-tuning the classifier"),
+    "cls_epochs": ((15.0,), (10.0, 100.0), (15.0,), "epochs for each of `labels`"),
+    "cls_batch": (40, 50, 50, "batch size of the classifier"),
+    "cls_lr": ((1e-3,), (1e-3, 2e-3), (1e-3,), "learning rates of pre-trained classifiers"),
+    "cls_lr_random": ((5e-4,), *((2.5e-4, 5e-4, 1e-3),) * 2, "learning rates from scratch"),
+    "seg_images": (800, 200, 0, "images with masks for fine-tuning the segmenter"),
+    "seg_lr": ((1.6e-2,), (8e-3,), (4e-3,), "learning rates of pre-trained segmenters"),
+    "seg_lr_random": ((4e-3, 8e-3), (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3), "from random weights"),
+    "longer": (0, 4, 4, "also train from scratch for this many times the steps; 0: do not"),
+    "all_labels": (False, False, True, "summary: also fine-tune with all labels"),
     # the tables only
-    "pretraining_seeds": (2, 2, "pre-training runs of the two rows that matter most: BEiT, pixels"),
-    "probe_lr": ((4e-3, 1.6e-2), (4e-3, 1.6e-2), "learning rates of the linear probe"),
-    "all_epochs": (3.0, 1.0, "epochs with the labels of the whole training set"),
-    "all_lr": ((1e-3, 2e-3), (1e-3, 2e-3), "learning rates of pre-trained classifiers there"),
-    "all_lr_random": ((5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3), "learning rates from scratch there"),
-    "larger": (32, 40, "the higher resolution, in pixels"),
-    "larger_epochs": (0.1, 0.1, "epochs at the higher resolution, as a share of the classifier's"),
-    "small_model": ("mini", "mini", "the smaller model"),
-    "reference_images": (500, 500, "images with reference patches for figure 2"),
+    "pretraining_seeds": (2, 2, 1, "pre-training runs of the rows BEiT and pixels"),
+    "probe_lr": (*((4e-3, 1.6e-2),) * 3, "learning rates of the linear probe"),
+    "all_epochs": (3.0, 1.0, 6.0, "epochs with the labels of the whole training set"),
+    "all_lr": ((1e-3, 2e-3), (1e-3, 2e-3), (1e-3,), "learning rates of BEiT there"),
+    "all_lr_random": (*((5e-4, 1e-3, 2e-3),) * 2, (2.5e-4, 5e-4, 1e-3), "from scratch there"),
+    "larger": (32, 40, 160, "the higher resolution, in pixels"),
+    "larger_epochs": (0.1, 0.1, 0.1, "epochs at it, as a share of the classifier's"),
+    "small_model": ("mini", "mini", "mini8", "the smaller model"),
+    "reference_images": (500, 500, 1000, "images with reference patches for figure 2"),
+    # table 4's rows about masking and targets at several budgets
+    "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
+    "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
     # the rows of table 4 about masking on the paper's own grid; drawn shapes are too small for it
-    "grid14_pretrain": (None, GRID14, "flags of pretrain.py, on the scenes"),
-    "grid14_classify": (None, ("--image-size", 28), "flags of finetune_cls.py: garments"),
-    "grid14_segment": (None, GRID14_SEGMENT, "flags of finetune_seg.py: whole scenes"),
-    "grid14_seg_lr": (None, (4e-3, 8e-3), "learning rates of segmenters there"),
-    "grid14_seeds": (None, 2, "pre-training runs of each row"),
+    "grid14_pretrain": (None, GRID14, None, "flags of pretrain.py, on the scenes"),
+    "grid14_classify": (None, ("--image-size", 28), None, "flags of finetune_cls.py: garments"),
+    "grid14_segment": (None, GRID14_SEGMENT, None, "flags of finetune_seg.py: whole scenes"),
+    "grid14_seg_lr": (None, (4e-3, 8e-3), None, "learning rates of segmenters there"),
+    "grid14_seeds": (None, 2, None, "pre-training runs of each row"),
 }
 
 
-def settings(recipe, seeds=None):
-    """The column of RECIPES: {name: value}. seeds: fine-tuning runs per row, if not its own."""
+def settings(recipe, seeds=None, scenes=None):
+    """The column of RECIPES: {name: value}.
+
+    seeds: fine-tuning runs per row, if not its own; scenes: images with masks, likewise.
+    """
     column = {name: row[COLUMNS.index(recipe)] for name, row in RECIPES.items()}
-    return column | ({"seeds": seeds} if seeds else {})
+    return column | ({"seeds": seeds} if seeds else {}) | ({"scenes": scenes} if scenes else {})
 
 
 # -------------------------------------------------------- stages that experiments share
@@ -156,7 +166,12 @@ def segment(runner, starts, prefix=""):
     return fine_tune(runner, f"{prefix}seg", "finetune_seg.py", "miou", starts, flags)
 
 
-def scratch(s, lrs="cls_lr_random"):
+def rates_for(labels):
+    """The settings with a classifier's learning rates: (pre-trained, from scratch)."""
+    return ("cls_lr", "cls_lr_random") if labels else ("all_lr", "all_lr_random")
+
+
+def scratch(s, lrs):
     """Start a classifier from random weights. s: the settings."""
     return Start(["random"], s[lrs], ("--layer-decay", 1))
 
@@ -185,16 +200,22 @@ def summary(runner):
         ["pre-training", f"{masked}, loss {beit['mim_loss']:.2f}"],
         ["eq. 3, nats per image", f"log p(x|z) {stage1:.0f}, log p(z|x~) {stage2:.1f}"],
     ]
-    for labels, epochs in zip(s["labels"], s["cls_epochs"]):
-        starts = {"BEiT": Start([beit["checkpoint"]], s["cls_lr"]), "from scratch": scratch(s)}
-        if s["longer"]:
-            flags = ("--layer-decay", 1, "--epochs", epochs * s["longer"])
+    for labels in (*s["labels"], 0) if s["all_labels"] else s["labels"]:
+        lrs, lrs_random = rates_for(labels)
+        starts = {"BEiT": Start([beit["checkpoint"]], s[lrs])}
+        starts["from scratch"] = scratch(s, lrs_random)
+        if s["longer"] and labels:
+            epochs = s["cls_epochs"][s["labels"].index(labels)] * s["longer"]
+            flags = ("--layer-decay", 1, "--epochs", epochs)
             row = f"from scratch, {s['longer']} times the steps"
             starts[row] = Start(["random"], "from scratch", flags)
         found = classify(runner, labels, starts)
         found["logistic regression on raw pixels"] = baselines.raw_pixels(runner, labels)
-        for row, cell in found.items():
-            rows.append([f"top-1, {labels} labels per class, {row}", run_cell(cell)])
+        how_many = f"{labels} labels per class" if labels else "all labels"
+        rows += [[f"top-1, {how_many}, {row}", run_cell(cell)] for row, cell in found.items()]
+    table = {"title": "Summary", "columns": ["", "result on test images"], "rows": rows}
+    if not s["scenes"]:
+        return table
     starts = {
         "BEiT": Start([beit["checkpoint"]], s["seg_lr"]),
         "random weights": scratch_segmenter(s),
@@ -202,7 +223,7 @@ def summary(runner):
     found = segment(runner, starts)
     found["commonest class everywhere"] = baselines.commonest_class(runner)
     rows += [[f"mIoU, {row}", run_cell(cell)] for row, cell in found.items()]
-    return {"title": "Summary", "columns": ["", "result on test images"], "rows": rows}
+    return table
 
 
 def pretrained(runner, tokenizer):
@@ -229,7 +250,7 @@ def table1(runner):
     tiny = [record["checkpoint"] for record in records.values()]
     columns = {}
     for labels in (*s["labels"], 0):
-        lrs, lrs_random = ("cls_lr", "cls_lr_random") if labels else ("all_lr", "all_lr_random")
+        lrs, lrs_random = rates_for(labels)
         probe = ("--linear-probe", "--layer-decay", 1)
         starts = {
             "from scratch": scratch(s, lrs_random),
@@ -335,7 +356,7 @@ def downstream(runner, records, seg_lrs, cls_flags=(), seg_flags=(), prefix=""):
     """Classify and segment from pre-trained models, at the learning rates chosen for BEiT.
 
     records: {(row, pre-training seed): record}. prefix: of the stages' names. Returns what
-    classify() and segment() return.
+    classify() and segment() return, the second empty without images with masks.
     """
     s, inits = runner.settings, collections.defaultdict(list)
     for (row, _), record in records.items():
@@ -344,6 +365,8 @@ def downstream(runner, records, seg_lrs, cls_flags=(), seg_flags=(), prefix=""):
     starts = {"BEiT": Start(beit, s["cls_lr"], cls_flags)}
     starts |= {row: Start(init, "BEiT", cls_flags) for row, init in other}
     cls = classify(runner, s["labels"][0], starts, prefix)
+    if not s["scenes"]:
+        return cls, {}
     starts = {"BEiT": Start(beit, seg_lrs, seg_flags)}
     starts |= {row: Start(init, "BEiT", seg_flags) for row, init in other}
     return cls, segment(runner, starts, prefix)
@@ -382,7 +405,7 @@ def table4(runner):
     for row, (_, imagenet, ade20k) in ABLATIONS.items():
         mse = f"{tokenizers[row]['reconstruction_mse']:.4f}" if row in tokenizers else None
         accuracy = masked_accuracy(row, records[row, 0])
-        ours = [run_cell(cls[row]), run_cell(seg[row]), mse, accuracy]
+        ours = [run_cell(cls[row]), run_cell(seg.get(row)), mse, accuracy]
         rows.append([row, *ours, imagenet, ade20k])
     columns = ["", f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
     columns += ["token MSE", "masked accuracy, %", "paper, ImageNet", "paper, ADE20K"]
@@ -415,27 +438,93 @@ def grid14(runner):
     return {"title": title, "columns": columns, "rows": rows}
 
 
+BUDGET_ROWS = (*MASKING, "- visual tokens")
+SEVERAL = ("BEiT", "- blockwise masking", "- masking + recover 100 %")  # with `budget_seeds`
+
+
+def budgets(runner):
+    """Table 4's rows about masking and targets after 1, 2, 4, ... times as much pre-training.
+
+    Each budget is a run of its own, with a whole cosine. OUT/budgets.svg shows top-1 by epochs.
+    """
+    s, tokenizer, calls = runner.settings, tokenizer_stage(runner), {}
+    for factor in s["budgets"]:
+        largest = factor == s["budgets"][-1]
+        for row in BUDGET_ROWS:
+            source = None if "visual tokens" in row else tokenizer
+            flags = (*ABLATIONS[row][0], *longer_flags(runner.recipe, factor))
+            for seed in range(s["budget_seeds"] if largest and row in SEVERAL else 1):
+                name = row if factor == 1 else f"{row} x{factor:g}"
+                calls[row, factor, seed] = beit_call(runner, name, source, *flags, seed=seed)
+    records = runner.stages(calls)
+    measures = {"top-1": {}, "k-NN": {}, "mIoU": {}}
+    for factor in s["budgets"]:
+        chosen = {(row, seed): r for (row, f, seed), r in records.items() if f == factor}
+        cls, seg = downstream(runner, chosen, s["seg_lr"], prefix=f"x{factor:g}-")
+        neighbours = collections.defaultdict(list)
+        for (row, _), record in chosen.items():
+            neighbours[row].append([knn(runner, record)])
+        for row in BUDGET_ROWS:
+            cells = cls[row], {"values": neighbours[row]}, seg.get(row)
+            for measure, cell in zip(measures, cells):
+                measures[measure].setdefault(row, []).append(run_cell(cell))
+    epochs = [float(longer_flags(runner.recipe, factor)[1]) for factor in s["budgets"]]
+    if not runner.planning:
+        lines = {
+            row: [(x, statistics.mean(all_values(cell))) for x, cell in zip(epochs, cells)]
+            for row, cells in measures["top-1"].items()
+        }
+        title = f"Top-1 by epochs of pre-training, {s['labels'][0]} labels per class"
+        picture = pictures.svg_curve(lines, title, "epochs", "top-1, %", width=860)
+        (runner.out / "budgets.svg").write_text(picture)
+    rows = [
+        [f"{row}, {measure}", *cells]
+        for measure, found in measures.items()
+        for row, cells in found.items()
+        if None not in cells
+    ]
+    columns = ["", *(f"{value:g} epochs" for value in epochs)]
+    return {"title": "Table 4's rows by budget", "columns": columns, "rows": rows}
+
+
+def knn(runner, record):
+    """k-NN accuracy in percent of the last layer of a stage's checkpoint, kept in its folder."""
+    kept = Path(record["checkpoint"]).with_name("knn.json")
+    if runner.planning:
+        return 0.0
+    if not kept.exists():
+        model, _, normalise = features.load_model(record["checkpoint"], "auto")
+        parts = {
+            split: sets.open_source(runner.settings["data"], split, runner.data_dir)
+            for split in ("train", "test")
+        }
+        percent = features.knn_accuracies(model, normalise, parts)
+        kept.write_text(json.dumps(percent))
+    return json.loads(kept.read_text())[-1]
+
+
 def figure2(runner):
     """Figure 2: attention maps (OUT/figure2.png), and how well attention separates objects."""
     s = runner.settings
     checkpoints = pretrained(runner, tokenizer_stage(runner))
     if runner.planning:
         return {}
-    source = sets.open_source(s["scenes"], "test", runner.data_dir)
-    found = collections.defaultdict(list)
+    scenes = [sets.open_source(s["scenes"], split, runner.data_dir) for split in ("test", "val")]
+    values, notes = collections.defaultdict(list), collections.defaultdict(list)
     for seed, checkpoint in enumerate(checkpoints):
         models, normalise = attention.load_models(checkpoint, seed)
-        scores = attention.separation(models, normalise, source, s["reference_images"])
-        for name, percent in scores.items():
-            found[name].append(percent)
-    flags = ["--data", s["data"], "--split", "test", "--out", str(runner.out / "figure2.png")]
+        found = attention.measure(models, normalise, *scenes, s["reference_images"])
+        for name, percent, note in found:
+            values[name].append(percent)
+            notes[name] += [note] if note else []
+    flags = ["--data", s["scenes"], "--split", "test", "--out", str(runner.out / "figure2.png")]
     flags += ["--data-dir", runner.data_dir] if runner.data_dir else []
     (runner.out / "figure2.png").unlink(missing_ok=True)  # of the run that this one resumes
-    attention.main([checkpoints[0], "0", "1", "2", "3", *flags])
-    rows = [[name, {"values": [percents]}] for name, percents in found.items()]
-    columns = ["ranking of the other patches", "average precision, %"]
+    attention.main([checkpoints[0], *flags])
+    rows = [[name, {"values": [runs]}, "; ".join(notes[name])] for name, runs in values.items()]
+    columns = ["ranking of the other patches", "average precision, %", "best head of each run"]
     return {"title": "Figure 2: attention separates objects", "columns": columns, "rows": rows}
 
 
 EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
-EXPERIMENTS |= {"grid 14": grid14, "figure 2": figure2}
+EXPERIMENTS |= {"budgets": budgets, "grid 14": grid14, "figure 2": figure2}

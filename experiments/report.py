@@ -3,25 +3,27 @@
     python -m experiments.report runs/demo
 
 Writes the page again for a folder OUT of reproduce.py, with whatever is there: tables, loss
-curves, pictures, settings, commands, machine and times. Also draws OUT/attention.png from the
-pre-trained model. Pictures are embedded and there are no scripts.
+curves, pictures, settings, commands, machine and times. Without OUT/figure2.png, draws attention
+maps of the pre-trained model. Pictures are embedded and there are no scripts.
 """
 
 import base64
 import collections
 import html
 import importlib
+import os
 import platform
 import re
 import shlex
 import statistics
 import struct
+import tempfile
 from pathlib import Path
 
 from experiments import attention, paper
 from experiments.stages import base_name
 from experiments.tables import all_values, cell_text, finished_stages, read_results
-from plumbing import command_line, log, pictures
+from plumbing import command_line, log, outputs, pictures
 
 SCRIPTS = {
     "train_tokenizer.py": "tokenizer",
@@ -32,6 +34,7 @@ SCRIPTS = {
 RANDOM = ("from-scratch", "random-weights")  # rows that start from random weights
 PATHS = ("init", "tokenizer")  # flags with a path, which the commands show better
 LINES = 6  # of a chart, at most
+TITLE = "BEiT at small scale"
 STYLE = """
 :root { color-scheme: light dark; --text: #1d2329; --muted: #59636e; --line: #d8dee4;
   --page: #ffffff; --soft: #f4f6f8; --link: #1f6fb4 }
@@ -216,8 +219,11 @@ def figure(path, caption):
     return [f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"]
 
 
-def draw_attention(out, stages, data_dir):
-    """Draw OUT/attention.png from the pre-trained BEiT, on the first test images of its data."""
+def draw_attention(out, stages, data_dir, path):
+    """Draw attention maps to `path`, of the pre-trained BEiT on test images of its data.
+
+    Draws nothing if no stage has pre-trained.
+    """
     trained = [
         name
         for name, stage in stages.items()
@@ -227,10 +233,9 @@ def draw_attention(out, stages, data_dir):
     if not trained:
         return
     data = flags_of(stages[trained[0]]["command"])["data"]
-    flags = ["--data", data, "--split", "test", "--out", str(out / "attention.png")]
+    flags = ["--data", data, "--split", "test", "--out", str(path)]
     flags += ["--data-dir", data_dir] if data_dir else []
-    (out / "attention.png").unlink(missing_ok=True)  # of an earlier report
-    attention.main([str(out / trained[0] / "checkpoint.pt"), "0", "1", "2", *flags])
+    attention.main([str(out / trained[0] / "checkpoint.pt"), *flags])
 
 
 def stage_figure(out, name, stage, names):
@@ -252,7 +257,7 @@ def stage_figure(out, name, stage, names):
     return []
 
 
-def gallery(out, stages, names):
+def gallery(out, stages, names, data_dir):
     """Reconstructions, predictions, segmentations and attention maps."""
     titles = {
         "train_tokenizer.py": "Reconstructions by the tokenizer",
@@ -272,8 +277,12 @@ def gallery(out, stages, names):
         "Test images with reference patches in red, and where each of these looks (bright): "
         "attention of the last layer, pre-trained above random weights."
     )
-    drawn = out / "figure2.png"
-    maps = figure(drawn if drawn.exists() else out / "attention.png", caption)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = out / "figure2.png"
+        if not drawn.exists():
+            drawn = Path(folder) / "attention.png"
+            draw_attention(out, stages, data_dir, drawn)
+        maps = figure(drawn, caption)
     return parts + (["<h3>Attention maps (figure 2)</h3>", *maps] if maps else [])
 
 
@@ -396,7 +405,7 @@ def page(recipe, sections):
         body += ["<section>", heading, *parts, "</section>"]
     column = paper.settings(recipe)
     data = " and ".join(dict.fromkeys((column["data"], column["scenes"])))
-    title = f"BEiT at small scale: recipe {recipe}"
+    title = f"{TITLE}: recipe {recipe}"
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -415,30 +424,38 @@ def page(recipe, sections):
     )
 
 
+def check_ours(path):
+    """Raise ValueError if there is something at `path` that is no page of this program."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_file() or TITLE.encode() not in path.read_bytes()[:1000]:
+        raise ValueError(f"{path} is not a page of this program: move it away")
+
+
 def write(out, data_dir=None):
     """Write OUT/report.html from what is in OUT and return its path.
 
     data_dir: --data-dir of the scripts, for the attention maps. Raises ValueError if OUT has
-    neither results nor finished stages.
+    neither results nor finished stages, or a report.html from elsewhere.
     """
     out = Path(out)
     saved, stages, order = read_results(out), finished_stages(out), list(SCRIPTS)
     stages = dict(sorted(stages.items(), key=lambda s: order.index(s[1]["command"].split()[0])))
     if not saved["tables"] and not stages:
         raise ValueError(f"{out} has no results: it is not a folder of reproduce.py")
-    if not (out / "figure2.png").exists():
-        draw_attention(out, stages, data_dir)
+    path = out / "report.html"
+    check_ours(path)
     names, recipe = row_names(saved), saved.get("recipe", "demo")
     sections = {
         "Results": results(saved),
         "Loss curves": curves(out, stages, names),
-        "Pictures": gallery(out, stages, names),
+        "Pictures": gallery(out, stages, names, data_dir),
         "Settings": settings(recipe, stages),
         "Commands": commands(out),
         "Machine, seeds and times": times(saved, stages),
     }
-    path = out / "report.html"
-    path.write_text(page(recipe, sections), encoding="utf-8")
+    with outputs.again(path) as temporary:
+        temporary.write_text(page(recipe, sections), encoding="utf-8")
     return path
 
 

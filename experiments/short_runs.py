@@ -24,7 +24,7 @@ MODULES = {
     "seg": finetune_seg,
 }
 
-COMMON = ["--device", "cpu", "--amp", "off", "--log-every", "1", "--batch-size", "8"]
+COMMON = ["--device", "cpu", "--amp", "off", "--batch-size", "8"]
 TOKENIZER = [
     *("--image-size", "16", "--vocab-size", "16", "--hidden", "8", "--code-dim", "8"),
     *("--tau-steps", "2"),
@@ -76,13 +76,13 @@ def make_arrays(path):
     return str(path)
 
 
-def script_flags(stage, arrays, made):
-    """Flags of a short run of one script, without --out.
+def script_flags(stage, arrays, made, log=("--log-every", "1")):
+    """Flags of a short run of one script, without --out; log: flags of its log.
 
     arrays: what make_arrays returned. made: the folder that holds the earlier scripts' --out
     folders, named after their stages.
     """
-    flags = [*SCRIPTS[stage][1:], *COMMON, "--data", arrays]
+    flags = [*SCRIPTS[stage][1:], *COMMON, *log, "--data", arrays]
     if stage == "beit":
         flags += ["--tokenizer", str(made / "tokenizer" / "checkpoint.pt")]
     if stage in ("cls", "seg"):

@@ -2,6 +2,7 @@
 
 sets         what --data names: a named set, an array file or a folder
 named        Fashion-MNIST, scenes made of it, and CIFAR-10
+imagenette   ten classes of ImageNet photographs, decoded once to arrays
 shapes       the synthetic images of the demo, drawn here
 downloads    fetch a published file once, check it and keep it in a cache
 folders      folders of image files: their splits, classes and masks

@@ -7,9 +7,9 @@ Each image becomes its largest centred square, resized. The result is a --data o
 Image files are decoded on all cores.
 """
 
-import os
+import contextlib
+import math
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from images import batches, photos, sets, sources, views
-from plumbing import command_line
+from plumbing import command_line, outputs, signals
 
 CHUNK = 16  # images that a process converts at a time
 
@@ -65,18 +65,34 @@ class Progress:
         self.split, self.total = split, total
         self.terminal = sys.stdout.isatty()
         self.before = "\r\033[K" if self.terminal else ""  # erases the line
-        self.start = self.last = time.time()
+        self.start = self.last = time.monotonic()
 
     def show(self, done):
         """Report `done` images, at most every 5 seconds, or 5 times a second on a terminal."""
-        now = time.time()
+        now = time.monotonic()
         if done == self.total:
             print(f"{self.before}{self.split}: {done} images", flush=True)
         elif now - self.last >= (0.2 if self.terminal else 5):
-            self.last, rate = now, done / (now - self.start)
+            self.last, rate = now, done / max(now - self.start, 1e-9)
             left = (self.total - done) / rate
             line = f"{self.split}: {done}/{self.total}  {rate:.0f} images/s  {left:.0f}s left"
             print(f"{self.before}{line}", end="" if self.terminal else "\n", flush=True)
+
+
+def split_shapes(source, size):
+    """{name: shape} of the uint8 arrays that a split becomes."""
+    shapes = {"images": (len(source), size, size, 3)}
+    if source.masks is not None:
+        shapes["masks"] = len(source), size, size
+    return shapes
+
+
+def make_array(path, shape):
+    """Make a .npy file for a uint8 array of this shape, with all its bytes on the disk."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with open(path, "xb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        outputs.reserve(file, math.prod(shape))
 
 
 def convert_split(source, size, split, folder, workers=None):
@@ -84,20 +100,45 @@ def convert_split(source, size, split, folder, workers=None):
 
     workers: see batches.loader; the files do not depend on it.
     """
-    shapes = {"images": (len(source), size, size, 3)}
-    if source.masks is not None:
-        shapes["masks"] = len(source), size, size
+    shapes = split_shapes(source, size)
     files = {name: folder / f"{split}_{name}.npy" for name in shapes}
     for name, shape in shapes.items():
-        np.lib.format.open_memmap(files[name], "w+", np.uint8, shape)
+        make_array(files[name], shape)
     starts = range(0, len(source), CHUNK)
     chunks = [range(start, min(start + CHUNK, len(source))) for start in starts]
     progress, done = Progress(split, len(source)), 0
     for count in batches.loader(Squares(source, size, files), chunks, workers):
         done += count
         progress.show(done)
+        signals.stop_before("while it decoded images, which the next run begins again")
     if source.labels is not None:
         np.save(folder / f"{split}_labels.npy", source.labels)
+
+
+def open_splits(args):
+    """{split: source} of the splits that the data set has; `train` must be one of them."""
+    found = {"train": sets.open_source(args.source, "train", args.data_dir)}
+    found["train"].check()
+    for split in ("val", "test"):
+        try:
+            found[split] = sets.open_source(args.source, split, args.data_dir)
+        except sources.NoSplit:
+            print(f"{split}: not in {args.source}")
+    return found
+
+
+@contextlib.contextmanager
+def parents_of(path):
+    """Make the folders above `path`; if then something fails, remove those that it made."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody uses one of them now
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def main(argv=None):
@@ -110,33 +151,30 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     destination = Path(args.destination)
-    if destination.exists():
-        raise ValueError(f"{destination} exists already: choose a new name")
+    is_archive = destination.suffix == ".npz"
     if args.size < 1:
         raise ValueError(f"--size {args.size} must be at least 1 pixel")
-    train = sets.open_source(args.source, "train", args.data_dir)
-    train.check()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # The destination appears only when it is complete.
-    with tempfile.TemporaryDirectory(dir=destination.parent) as temporary:
-        folder = Path(temporary) / "arrays"
-        folder.mkdir()
-        np.save(folder / "classes.npy", np.array(train.classes, dtype=str))
-        np.save(folder / "mask_classes.npy", np.array(train.mask_classes, dtype=str))
-        convert_split(train, args.size, "train", folder)
-        for split in ("val", "test"):
-            try:
-                source = sets.open_source(args.source, split, args.data_dir)
-            except sources.NoSplit:
-                print(f"{split}: not in {args.source}")
-                continue
-            convert_split(source, args.size, split, folder)
-        result = folder
-        if destination.suffix == ".npz":
-            result = folder / "all.npz"
-            arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-            np.savez(result, **arrays)
-        os.replace(result, destination)
+    if destination.exists():
+        raise ValueError(f"{destination} exists already: choose a new name")
+    outputs.check_outside(destination, args.source)
+    found = open_splits(args)
+    shapes = [split_shapes(source, args.size) for source in found.values()]
+    needed = sum(math.prod(shape) for split in shapes for shape in split.values())
+    with parents_of(destination):
+        outputs.check_new(destination)
+        # An archive is made from the .npy files, beside them.
+        outputs.check_room(destination, 2 * needed if is_archive else needed)
+        with outputs.new(destination) as result:
+            folder = result.with_name("arrays") if is_archive else result
+            folder.mkdir()
+            for name in ("classes", "mask_classes"):
+                names = np.array(getattr(found["train"], name), dtype=str)
+                np.save(folder / f"{name}.npy", names)
+            for split, source in found.items():
+                convert_split(source, args.size, split, folder)
+            if is_archive:
+                arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+                np.savez(result, **arrays)
 
 
 if __name__ == "__main__":

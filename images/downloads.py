@@ -3,9 +3,12 @@
 import contextlib
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from plumbing import signals
 
 
 def data_folders(data_dir, *system):
@@ -55,15 +58,32 @@ def fetch(name, url, folders, check):
     return target
 
 
+def check_digest(path, digest, published):
+    """Raise ValueError naming the file if its checksum is not the published one."""
+    if digest != published:
+        raise ValueError(
+            f"{path} is not the published file (its checksum differs): delete it and start again"
+        )
+
+
 @contextlib.contextmanager
 def exclusive(file):
-    """Hold the lock of an open file, waiting for it if necessary; no lock on Windows."""
+    """Hold the lock of an open file, waiting for it if necessary; no lock on Windows.
+
+    Raises signals.Stopped if a signal comes while it waits.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    fcntl.flock(file, fcntl.LOCK_EX)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # a blocking call would go on after a signal
+            signals.stop_before("while it waited for another process, which fetches the same data")
+            time.sleep(0.1)
     yield  # closing the file releases the lock
 
 
@@ -87,6 +107,7 @@ def download(url, file):
         total = start + int(response.headers.get("Content-Length") or 0)
         while block := response.read(1 << 16):
             file.write(block)
+            signals.stop_before("during a download, which the next run resumes")
             progress = f"{file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB"
             print(f"\r{url}: {progress}", end="", file=sys.stderr)
     print(file=sys.stderr)

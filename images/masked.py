@@ -13,8 +13,8 @@ class MaskedImages(views.Samples):
     Training: resize by a random factor, take a random crop of S x S, flip, vary the colours, pad.
     Evaluation: the whole image, padded to at least S x S; images of different sizes must come one
     at a time. args: the flags of finetune_seg. normalise: a key of batches.NORMALISE, whose mean is
-    the padding, 0 after standardising. Raises ValueError if the source has no masks or a mask value
-    is neither below `classes` nor IGNORE.
+    the padding, 0 after standardising. Raises ValueError if the source has no masks, or if a value
+    is neither below `classes` nor IGNORE in SAMPLED masks; the others are checked when read.
     """
 
     def __init__(self, args, source, classes, normalise, train):
@@ -28,9 +28,13 @@ class MaskedImages(views.Samples):
         self.args, self.classes = args, classes
         self.padding = augment.mean_colour(normalise)
         self.one_size = isinstance(source, sources.Arrays)
-        if self.one_size:  # the masks of files are checked when read
-            for mask in source.masks:
-                self.check_mask(mask, source.name)
+        if self.one_size:  # of files, source.check() looks at some
+            for index in batches.spread(len(source), sources.SAMPLED):
+                self.check_mask(source.masks[index], self.mask_name(index))
+
+    def mask_name(self, index):
+        """What a message calls the mask at `index`."""
+        return f"{self.source.name}, mask {index}" if self.one_size else self.source.masks[index]
 
     def check_mask(self, mask, name):
         """Raise ValueError naming the mask if a value is neither a class nor IGNORE."""
@@ -48,15 +52,14 @@ class MaskedImages(views.Samples):
         """
         image, mask = self.source.read(indices), self.source.read_masks(indices)
         (index,) = indices
-        name = f"{self.source.name} {index}" if self.one_size else self.source.masks[index]
+        name = self.mask_name(index)
         if image.shape[1:3] != mask.shape[1:3]:
             height, width = image.shape[1:3]
             raise ValueError(
                 f"{name}: the mask has {mask.shape[1]}x{mask.shape[2]} pixels, its image "
                 f"{height}x{width}"
             )
-        if not self.one_size:
-            self.check_mask(mask, name)
+        self.check_mask(mask, name)
         return image, mask
 
     def load(self, index):

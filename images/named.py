@@ -27,14 +27,6 @@ SCENE_SIZE, SCENE_JITTER = 56, 4  # pixels
 SCENES_COUNT = {"train": 8000, "val": 1000, "test": 1000}
 
 
-def check_digest(path, digest, published):
-    """Raise ValueError naming the file if its checksum is not the published one."""
-    if digest != published:
-        raise ValueError(
-            f"{path} is not the published file (its checksum differs): delete it and start again"
-        )
-
-
 def read_idx(name, data_dir):
     """One of Fashion-MNIST's four IDX files: uint8 images (n, 28, 28) or labels (n,).
 
@@ -48,7 +40,7 @@ def read_idx(name, data_dir):
             raise ValueError(
                 f"{path} is not a whole gzip file ({error}): delete it and start again"
             ) from error
-        check_digest(path, hashlib.sha256(content).hexdigest(), FASHION_SHA256[name])
+        downloads.check_digest(path, hashlib.sha256(content).hexdigest(), FASHION_SHA256[name])
         return content
 
     folders = downloads.data_folders(data_dir, FASHION_FOLDER)
@@ -102,7 +94,7 @@ def cifar10(split, data_dir=None):
     """
 
     def check(path):
-        check_digest(path, hashlib.md5(path.read_bytes()).hexdigest(), CIFAR_MD5)
+        downloads.check_digest(path, hashlib.md5(path.read_bytes()).hexdigest(), CIFAR_MD5)
 
     folders = downloads.data_folders(data_dir)
     path = downloads.fetch("cifar-10-binary.tar.gz", CIFAR_URL, folders, check)

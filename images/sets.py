@@ -4,6 +4,7 @@
     fashion-mnist    28 x 28 grey, with labels; downloaded on first use
     fashion-scenes   four Fashion-MNIST garments on one canvas, with masks, 56 x 56
     cifar10          32 x 32, with labels; downloaded on first use
+    imagenette       photographs, 128 x 128, with labels; downloaded and decoded on first use
     FILE.npz         arrays SPLIT_images uint8 (n, H, W) or (n, H, W, 3), SPLIT_labels (n,),
                      SPLIT_masks uint8 (n, H, W), classes and mask_classes (names); only the images
                      are required. SPLIT is train, val or test; mask value 255 is ignored
@@ -17,13 +18,9 @@
 Image files need the optional package Pillow.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
-
-from images import folders, named, shapes, sources
+from images import arrays, folders, imagenette, named, shapes
 
 
 def open_source(data, split, data_dir=None):
@@ -37,21 +34,14 @@ def open_source(data, split, data_dir=None):
         "fashion-mnist": named.fashion_mnist,
         "fashion-scenes": named.fashion_scenes,
         "cifar10": named.cifar10,
+        "imagenette": imagenette.imagenette,
     }
     if data in loaders:
         return loaders[data](split, data_dir)
     path = Path(data)
-    try:
-        if path.suffix == ".npz" and path.is_file():
-            if not zipfile.is_zipfile(path):
-                raise zipfile.BadZipFile("it is not a zip archive")
-            return arrays_source(path, np.load(path, allow_pickle=False), split)
-        if path.is_dir() and any(path.glob("*_images.npy")):
-            files = path.glob("*.npy")
-            arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in files}
-            return arrays_source(path, arrays, split)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole array file: {error}") from error
+    is_archive = path.suffix == ".npz" and path.is_file()
+    if is_archive or (path.is_dir() and any(path.glob("*_images.npy"))):
+        return arrays.read_split(path, split)
     if (path / "images").is_dir() and (path / "annotations").is_dir():
         return folders.masked_source(path, split)
     if path.is_dir():
@@ -65,14 +55,3 @@ def open_splits(args):
     """(training source, held-out source) of --data, the second from --eval-split."""
     train = open_source(args.data, "train", args.data_dir)
     return train, open_source(args.data, args.eval_split, args.data_dir)
-
-
-def arrays_source(path, arrays, split):
-    """Arrays from {name: array} with the names SPLIT_images, SPLIT_labels and so on."""
-    if f"{split}_images" not in arrays:
-        raise sources.NoSplit(
-            f"{path}: it has no array {split}_images; it has {', '.join(sorted(arrays))}"
-        )
-    names = f"{split}_images", f"{split}_labels", f"{split}_masks", "classes", "mask_classes"
-    found = (arrays[name] if name in arrays else None for name in names)
-    return sources.Arrays(f"{path} {split}", *found)

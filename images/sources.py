@@ -6,6 +6,7 @@ Both have a name, a length, `labels` and `masks` (None if the set has none), the
 
 import copy
 import hashlib
+import math
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from images import photos
 
 IGNORE = 255  # mask value of pixels that count in neither the loss nor mIoU
 SPLITS = ("train", "val", "test")
+MAX_CLASSES = 65_536
 
 
 class NoSplit(ValueError):
@@ -28,22 +30,11 @@ class Arrays:
     """
 
     def __init__(self, name, images, labels=None, masks=None, classes=None, mask_classes=None):
-        is_grey, is_rgb = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
-        if images.dtype != np.uint8 or not (is_grey or is_rgb):
-            raise ValueError(
-                f"{name}: images are {images.dtype} {images.shape}; expected uint8 (n, H, W) or "
-                "(n, H, W, 3)"
-            )
-        if len(images) == 0:
-            raise ValueError(f"{name}: it has no images")
-        if masks is not None and (masks.dtype != np.uint8 or masks.shape != images.shape[:3]):
-            raise ValueError(
-                f"{name}: masks are {masks.dtype} {masks.shape}; expected uint8 {images.shape[:3]}"
-            )
+        check_types(name, images, labels, masks)
         self.name, self.images, self.masks = name, images, masks
-        self.labels = None if labels is None else checked_labels(name, labels, len(images))
+        self.labels = None if labels is None else checked_labels(name, labels)
         self.classes = class_names(classes, self.labels)
-        self.mask_classes = class_names(mask_classes, masks)
+        self.mask_classes = mask_names(mask_classes, masks)
 
     def __len__(self):
         return len(self.images)
@@ -65,26 +56,61 @@ class Arrays:
         return np.array(self.masks[indices])
 
 
-def checked_labels(name, labels, count):
-    """Labels as int64 (n,). Raises ValueError unless they are `count` integers, none below 0."""
-    if labels.ndim == 2 and labels.shape[1] == 1:  # as in MedMNIST
-        labels = labels[:, 0]
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+def check_types(name, images, labels=None, masks=None):
+    """Raise ValueError naming what has a wrong type or shape.
+
+    Each is an array, or anything else with a dtype and a shape, such as the header of a file.
+    """
+    is_grey, is_rgb = len(images.shape) == 3, images.shape[3:] == (3,)
+    if images.dtype != np.uint8 or not (is_grey or is_rgb):
         raise ValueError(
-            f"{name}: labels are {labels.dtype} {labels.shape}; expected integers ({count},)"
+            f"{name}: images are {type_of(images)}; expected uint8 (n, H, W) or (n, H, W, 3)"
         )
+    if min(images.shape) < 1:
+        raise ValueError(f"{name}: it has no images: {type_of(images)}")
+    count = images.shape[0]
+    if labels is not None and (
+        labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1))  # MedMNIST's
+    ):
+        raise ValueError(f"{name}: labels are {type_of(labels)}; expected integers ({count},)")
+    if masks is not None and (masks.dtype != np.uint8 or masks.shape != images.shape[:3]):
+        raise ValueError(
+            f"{name}: masks are {type_of(masks)}; expected uint8 {images.shape[:3]}"
+        )
+
+
+def type_of(array):
+    """'uint8 (9, 8, 8)' for a message."""
+    return f"{array.dtype} {array.shape}"[:100]
+
+
+def checked_labels(name, labels):
+    """Labels (n,) or (n, 1) as int64 (n,). Raises ValueError if one is below 0 or absurdly large.
+
+    The names of classes are made by counting, and a classifier has a row of weights for each.
+    """
     if labels.min() < 0:
         raise ValueError(f"{name}: label {labels.min()} is out of range: classes start at 0")
-    return np.asarray(labels, np.int64)
+    if labels.max() >= MAX_CLASSES:
+        raise ValueError(
+            f"{name}: label {labels.max()} is out of range: at most {MAX_CLASSES:,} classes"
+        )
+    return np.asarray(labels.reshape(-1), np.int64)
 
 
-def class_names(names, values):
-    """`names` as strings; without names the numbers 0 to the largest of `values`; else []."""
-    if names is not None:
-        return [str(name) for name in names]
-    if values is None:
-        return []
-    return [str(c) for c in range(values.max(where=values != IGNORE, initial=0) + 1)]
+def class_names(names, labels):
+    """`names` as strings; without names the numbers from 0 to the largest label; else []."""
+    if names is None:
+        names = [] if labels is None else range(labels.max() + 1)
+    return [str(name) for name in names]
+
+
+def mask_names(names, masks):
+    """The same for the classes of masks, in which IGNORE is no class."""
+    if names is None and masks is not None:  # in parts: masks may be a file larger than the memory
+        parts = np.array_split(masks, math.ceil(len(masks) / 1024))
+        names = range(max(p.max(where=p != IGNORE, initial=0) for p in parts) + 1)
+    return [str(name) for name in names or []]
 
 
 class Files:

@@ -2,6 +2,7 @@
 
 command_line  flags from recipe tables; errors in one line with exit status 2
 processes     torchrun, mixed precision, DistributedDataParallel, sums over processes
+memory        what a run needs at least, against what there is
 signals       SIGTERM and SIGINT: save, then stop
 noise         random numbers that depend on (seed, step, sample) and not on history
 schedules     learning rates, temperature and KL weight as functions of the step

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing import weights
+from plumbing import outputs, weights
 
 CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before it
 
@@ -73,7 +73,7 @@ def claim_output(args):
 
     If torchrun (--max-restarts) restarted this run after a process died, sets args.resume to
     whether there is a checkpoint to resume from. Raises ValueError if the folder is not empty and
-    --resume is not given, or if there is no checkpoint and it is given.
+    --resume is not given, if there is no checkpoint and it is given, or if it cannot be made there.
     """
     out = Path(args.out)
     if out.is_dir():
@@ -90,8 +90,11 @@ def claim_output(args):
         raise ValueError(
             f"--out {out} is not an empty folder: choose a new one, or --resume to continue it"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    if not args.resume:
+        outputs.check_outside(out, args.data)
+    with outputs.disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
 
 
 def is_false_start(out, found):

@@ -7,20 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from plumbing import checkpoints, signals
+from plumbing import checkpoints, memory, signals
 
 COLUMNS = ("demo", "fashion", "photos", "base", "large")
 RECOMPUTE = (
     "save memory: keep only the input of each block and compute the block again in the backward "
     "pass, which takes about a quarter more time"
-)
-
-OUT_OF_MEMORY = (
-    "raise --accumulate (the same result in more, smaller passes), add --recompute (not for the "
-    "tokenizer), or lower --batch-size"
 )
 
 
@@ -32,29 +26,74 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (options: {self.prog} --help)\n")
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line} (options: {self.prog} --help)\n")
+
+
+def within(kind, span=""):
+    """The type of a flag: a function that turns its text into a value and refuses all others.
+
+    kind: int, float or str. span: of numbers an interval such as "(0, 1]", without 0 and with 1;
+    of text the choices, "a|b|c"; "": every text but the empty one.
+    """
+    choices = span.split("|")
+    if kind is str:
+        wanted = f"one of {', '.join(choices)}" if span else "a name or a path"
+    else:
+        low, high = (float(end) for end in span[1:-1].split(","))
+        wanted = f"a {'whole ' if kind is int else ''}number in {span}"
+
+    def allowed(value):
+        if kind is str:
+            return value in choices if span else value != ""
+        above = low <= value if span[0] == "[" else low < value  # False for NaN
+        return above and (value <= high if span[-1] == "]" else value < high)
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not {wanted}")
+        return value
+
+    return read
+
+
+text = within(str)  # of a name or a path
+
+
+def add_number(group, flag, kind, span, help_text, **more):
+    """Add a flag with a range, which --help shows. kind, span: see within."""
+    shown = {"type": within(kind, span), "metavar": kind.__name__.upper()}
+    group.add_argument(flag, help=f"{help_text}; in {span}", **shown, **more)
 
 
 def recipe_parser(description, recipes):
-    """A parser with a flag per row of a recipe table {name: (demo, fashion, photos, ..., help)}.
+    """A parser with a flag per row of a recipe table {name: (demo, ..., large, range, help)}.
 
-    The type of a flag is that of the row's values, float if any of them is. None means that the
-    recipe has no default for it and the flag must be given.
+    The type of a flag is that of the row's values, float if any of them is; range: see within.
+    None means that the recipe has no default for it and the flag must be given.
     """
     parser = Parser(description)
     group = parser.add_argument_group("recipe", "defaults come from the column named by --recipe")
+    columns = "|".join(COLUMNS)
     group.add_argument(
-        "--recipe", default="demo", help=f"column of the recipe table: {', '.join(COLUMNS)}"
-    )
-    for name, (*values, help_text) in recipes.items():
+        "--recipe", default="demo", type=within(str, columns), metavar=columns,
+        help="column of the recipe table",
+    )  # fmt: skip
+    for name, (*values, span, help_text) in recipes.items():
         kinds = {type(v) for v in values if v is not None}
         flag = "--" + name.replace("_", "-")
         shown = f"{help_text} [{', '.join(str(v) for v in values)}]".replace("%", "%%")
         if kinds == {bool}:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=shown)
+        elif kinds == {str}:
+            kind, metavar = within(str, span), span or "NAME"
+            group.add_argument(flag, type=kind, metavar=metavar, help=shown)
         else:
-            kind = float if float in kinds else kinds.pop()
-            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=shown)
+            add_number(group, flag, float if float in kinds else int, span, shown)
     add_run_flags(parser.add_argument_group("run"))
     return parser
 
@@ -62,7 +101,8 @@ def recipe_parser(description, recipes):
 def add_init_flags(parser):
     """The flags of the two fine-tuning scripts."""
     add = parser.add_argument
-    add("--init", required=True, help="a checkpoint.pt, published BEiT weights, or random")
+    init = "a checkpoint.pt, published BEiT weights, or random"
+    add("--init", required=True, type=text, help=init)
     add_normalise_flag(parser)
     add("--eval", action="store_true", help="evaluate --init on --eval-split and stop")
     add("--recompute", action="store_true", help=RECOMPUTE)
@@ -76,10 +116,15 @@ def add_normalise_flag(parser):
     )
 
 
-def add_look_flags(parser, kinds):
-    """The flags of the two other scripts to start from weights, or to look at them. kinds: help."""
+def add_look_flags(parser, kinds, recompute=False):
+    """The flags of the two other scripts to start from weights, or to look at them. kinds: help.
+
+    recompute: whether there is a flag --recompute.
+    """
     add = parser.add_argument
-    add("--init", help=f"start from these weights: {kinds}")
+    if recompute:
+        add("--recompute", action="store_true", help=RECOMPUTE)
+    add("--init", type=text, help=f"start from these weights: {kinds}")
     add("--eval", action="store_true",
         help="evaluate --init on --eval-split, draw pictures into --out, and stop")  # fmt: skip
 
@@ -87,34 +132,34 @@ def add_look_flags(parser, kinds):
 def add_run_flags(group):
     """The flags that every training script has beside its recipe."""
     add = group.add_argument
-    add("--data-dir", help="folder with the data set's own files, or where to download them to")
+    add("--data-dir", type=text,
+        help="folder with the data set's own files, or where to download them to")  # fmt: skip
     add("--eval-split", default="val", choices=("val", "test"),
         help="split to evaluate on: val to choose settings, test to report results")  # fmt: skip
-    add("--out", help="new folder for checkpoint.pt, metrics.jsonl and pictures")
+    add("--out", type=text, help="new folder for checkpoint.pt, metrics.jsonl and pictures")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
-    add("--seed", type=int, default=0,
-        help="seed of the initialisation, sample order, crops, masks and noise")  # fmt: skip
+    seed = "seed of the initialisation, sample order, crops, masks and noise"
+    add_number(group, "--seed", int, f"[0, {2**63})", seed, default=0)
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="autocast precision; auto is bf16 where the hardware has it, else off")  # fmt: skip
-    add("--accumulate", type=int, default=1,
-        help="split each process's batch into this many passes, to save memory")  # fmt: skip
+    accumulate = "split each process's batch into this many passes, to save memory"
+    add_number(group, "--accumulate", int, "[1, 1e6]", accumulate, default=1)
     add("--workers", type=workers, default="auto",
-        help="loader processes; auto: one per core for image files, none for arrays")  # fmt: skip
+        help="loader processes, 0 to 1024; auto: one per core for files, 0 for arrays")  # fmt: skip
     add("--compile", action="store_true",
         help="torch.compile the model: slow start, faster steps")  # fmt: skip
-    add("--benchmark", type=int, metavar="STEPS",
-        help="time this many steps, print where the time goes, stop; writes nothing")  # fmt: skip
-    add("--log-every", type=int, default=20, help="steps between lines of the log")
+    benchmark = "time this many steps, print where the time goes, stop; writes nothing"
+    add_number(group, "--benchmark", int, "[1, 1e6]", benchmark)
+    add_number(group, "--log-every", int, "[1, 1e9]", "steps between lines of the log", default=20)
 
 
 def workers(text):
     """--workers: a number of processes, or None for auto."""
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of processes")
-    return int(text)
+    try:
+        return None if text == "auto" else within(int, "[0, 1024]")(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is neither auto nor in [0, 1024]")
 
 
 SIZES = ("image_size", "token_size")
@@ -122,30 +167,34 @@ EVALUATION = (
     "short_side", "long_side", "eval_crop",
     "masking", "mask_ratio", "min_block", "target", "recover",
 )  # fmt: skip
-
-# Ranges of recipe numbers, beyond being finite and not negative.
-POSITIVE = {
-    "image_size", "token_size", "vocab_size", "hidden", "groups", "blocks_per_group", "code_dim",
-    "decoder_dim", "min_crop", "eval_crop", "min_scale", "max_scale", "tau", "layer_decay",
+READ_BY_EVAL = {  # what --eval reads; what it takes from --init is not a flag then
+    *SIZES, *EVALUATION, "recipe", "init", "eval", "out", "tokenizer", "normalise", "data",
+    "data_dir", "eval_split", "eval_images", "batch_size", "accumulate", "device", "amp", "workers",
 }  # fmt: skip
-AT_MOST_ONE = {"min_crop", "eval_crop", "jitter", "erasing", "smoothing", "layer_decay"}
-BELOW_ONE = {"drop_path", "beta2", "ema"}
-COUNTS = (
-    "steps", "batch_size", "accumulate", "eval_images", "save_every", "log_every", "benchmark",
-)  # fmt: skip
 
 
-def check_number(parser, name, value):
-    """Exit with status 2, naming the flag, if a number of a recipe is out of its range."""
-    wanted = [
-        ("a finite number, 0 or more", 0 <= value < math.inf),
-        ("above 0", value > 0 or name not in POSITIVE),
-        ("at most 1", value <= 1 or name not in AT_MOST_ONE),
-        ("below 1", value < 1 or name not in BELOW_ONE),
-    ]
-    for what, right in wanted:
-        if not right:
-            parser.error(f"--{name.replace('_', '-')} {value} must be {what}")
+def ignored(args, size_of_init):
+    """Yield (reason, names of flags that then have no effect). size_of_init: see parse_recipe."""
+    flags = vars(args)
+    evaluate, init = flags.get("eval"), flags.get("init")
+    if evaluate:
+        read = READ_BY_EVAL - ({"image_size"} if size_of_init else set())
+        yield "--eval", flags.keys() - read - ({"seed"} if "masking" in flags else set())
+    if args.benchmark:
+        yield "--benchmark", {"save_every", "log_every", "eval_images", "eval_split"}
+    if init not in (None, "random"):
+        yield "--init CHECKPOINT", {
+            "model", "positions", "layer_scale", "vocab_size", "hidden", "groups",
+            "blocks_per_group", "code_dim", "quantizer", "likelihood", "normalise_logits",
+        }  # fmt: skip
+    if flags.get("linear_probe"):
+        yield "--linear-probe", {"randaugment", "erasing", "mixup", "cutmix", "drop_path"}
+    elif not evaluate:
+        yield "training without --linear-probe", {"layer"}
+    if flags.get("target", "tokens") != "tokens":
+        yield f"--target {args.target}", {"tokenizer", "token_size"}
+    if flags.get("quantizer") == "vq":
+        yield "--quantizer vq", {"tau", "tau_steps", "beta", "beta_steps", "normalise_logits"}
 
 
 def parse_recipe(parser, recipes, argv=None, size_of_init=()):
@@ -156,13 +205,9 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     """
     remember_flags(parser, argv, size_of_init or COLUMNS)
     args = parser.parse_args(argv)
-    if args.recipe not in COLUMNS:
-        parser.error(f"unknown recipe {args.recipe!r}: choose one of {', '.join(COLUMNS)}")
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # keeps argparse's defaults out
+    given = vars(parser.parse_args(argv, unset)).items()
     check_mode(parser, args, getattr(args, "eval", False))
-    for name in COUNTS:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     if args.image_size is None:
         check_size(parser, args)
     for name, row in recipes.items():
@@ -170,18 +215,46 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
             if name == "image_size" and args.recipe in size_of_init and args.init != "random":
                 continue  # weights without arguments: their configuration has it
             setattr(args, name, row[COLUMNS.index(args.recipe)])
-        value = getattr(args, name)
-        if value is None:
-            parser.error(f"recipe {args.recipe!r} needs --{name.replace('_', '-')}: {row[-1]}")
-        if isinstance(value, (int, float)):
-            check_number(parser, name, value)
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed} must be from 0 to 2**63 - 1")
-    if getattr(args, "warmup_steps", 0) >= getattr(args, "steps", 1):
-        parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}")
+        if getattr(args, name) is None:
+            parser.error(f"recipe {args.recipe!r} needs {flag_of(name)}: {row[-1]}")
+    check_values(parser, args)
+    for reason, names in ignored(args, size_of_init):
+        if useless := sorted(name for name, value in given if value is not None and name in names):
+            flags = ", ".join(map(flag_of, useless))
+            parser.error(f"{reason} has no use for {flags}")
     if args.benchmark:
         args.save_every = args.log_every = sys.maxsize
     return args
+
+
+def flag_of(name):
+    """The flag of an argument: --image-size of image_size."""
+    return "--" + name.replace("_", "-")
+
+
+def check_values(parser, args):
+    """Exit with status 2 if a value is out of its range, wherever it comes from, or two disagree.
+
+    A value may come from a checkpoint, see remember_flags.
+    """
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if value is not None:
+            try:
+                parser._get_value(action, str(value))
+                parser._check_value(action, value)
+            except argparse.ArgumentError as error:
+                parser.error(str(error))
+    for part, whole in (("warmup_steps", "steps"), ("warmup_epochs", "epochs")):
+        if hasattr(args, part) and getattr(args, part) >= getattr(args, whole):
+            less, more = (f"{flag_of(name)} {getattr(args, name)}" for name in (part, whole))
+            parser.error(f"{less} leaves nothing of {more}")
+    if getattr(args, "masking", "") == "none" and args.recover != "all":
+        parser.error("--masking none leaves nothing to predict: add --recover all")
+    if hasattr(args, "tokenizer") and args.target == "tokens" and args.tokenizer is None:
+        parser.error("--target tokens needs --tokenizer")
+    if hasattr(args, "min_scale") and args.min_scale > args.max_scale:
+        parser.error(f"--min-scale {args.min_scale} is above --max-scale {args.max_scale}")
 
 
 def remember_flags(parser, argv, size_of_init):
@@ -246,7 +319,7 @@ def check_mode(parser, args, evaluate_only):
 
 @contextlib.contextmanager
 def one_line_errors(stoppable=False):
-    """Report bad input (ValueError, OSError) or a full GPU in one line with exit status 2.
+    """Report bad input (ValueError, OSError) or full memory in one line with exit status 2.
 
     stoppable: catch SIGTERM and SIGINT; a run that raises signals.Stopped ends with status 75.
     `python -X dev SCRIPT` shows where an error was raised. An error from a loader process carries
@@ -260,13 +333,12 @@ def one_line_errors(stoppable=False):
     except signals.Stopped as stopped:
         print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
         status = signals.STOPPED
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        full = memory.exhausted(error)
+        if sys.flags.dev_mode or not (full or isinstance(error, (ValueError, OSError))):
             raise
         line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-        if isinstance(error, torch.OutOfMemoryError):  # its first two sentences: what, how much
-            line = f"{'. '.join(str(error).split('. ')[:2])}: {OUT_OF_MEMORY}"
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {full or line}", file=sys.stderr)
         status = 2
     finally:
         joined = dist.is_initialized()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing import log
+from plumbing import log, outputs
 
 # -------------------------------------------------------- PNG
 
 
-def write_png(path, pixels):
-    """Write uint8 pixels (H, W, 3) as a PNG file."""
+def write_png(path, pixels, place=outputs.again):
+    """Write uint8 pixels (H, W, 3) as a PNG file. place: outputs.again, or outputs.new."""
     height, width, _ = pixels.shape
     rows = np.zeros((height, 1 + width * 3), np.uint8)  # each row starts with its filter type, 0
     rows[:, 1:] = pixels.reshape(height, -1)
@@ -26,13 +26,15 @@ def write_png(path, pixels):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))  # 8 bits, RGB
     data = chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
+    with place(path) as temporary:
+        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
 
 
-def picture(path, rows, side=96, gap=2):
+def picture(path, rows, side=96, gap=2, place=outputs.again):
     """Write a PNG of rows of images, each a float tensor (B, 3, H, W) in [0, 1].
 
     side: each image is enlarged by a whole factor to about this width. gap: white pixels around it.
+    place: see write_png.
     """
     scale = max(1, round(side / rows[0].shape[-1]))
     lines = []
@@ -41,7 +43,7 @@ def picture(path, rows, side=96, gap=2):
         row = row.repeat(scale, axis=1).repeat(scale, axis=2)
         row = np.pad(row, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
         lines.append(np.concatenate(list(row), axis=1))
-    write_png(path, np.concatenate(lines, axis=0))
+    write_png(path, np.concatenate(lines, axis=0), place)
 
 
 # -------------------------------------------------------- SVG line charts
@@ -203,4 +205,5 @@ def loss_curve(out):
     training = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["mim_loss"]) for record in records if "mim_loss" in record]
     points = {"training": training, "held out": held_out} if held_out else training
-    Path(out, "loss.svg").write_text(svg_curve(points, "Training loss", "step", "loss"))
+    with outputs.again(Path(out, "loss.svg")) as temporary:
+        temporary.write_text(svg_curve(points, "Training loss", "step", "loss"))

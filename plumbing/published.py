@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import checkpoints, command_line, log, weights
+from plumbing import checkpoints, command_line, log, outputs, weights
 
 # -------------------------------------------------------- parameter names of transformers
 
@@ -311,6 +311,8 @@ def main(argv=None):
         help="parameter names in the new file (default: released, which timm uses too)",
     )
     args = parser.parse_args(argv)
+    if args.destination:
+        outputs.check_new(args.destination)
     found = load_pretrained(args.weights, "pretraining", "classification", "segmentation")
     state = found["model"]
     print(f"{found['kind']}, {sum(value.numel() for value in state.values()):,} parameters")

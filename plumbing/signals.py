@@ -24,6 +24,12 @@ def stop_asked(device):
     return bool(processes.all_sum(torch.tensor(len(received), device=device)))
 
 
+def stop_before(when):
+    """Raise Stopped if this process received a signal before its run had begun; when: in words."""
+    if received:
+        raise Stopped(f"stopped by a signal {when}")
+
+
 def handle(number, frame):
     """Handler of SIGTERM and SIGINT: the loop finishes its step. A second SIGINT interrupts now."""
     if received and number == signal.SIGINT:

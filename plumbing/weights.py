@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from plumbing import outputs
+
 
 def read(path):
     """Read a .pt, .pth or .safetensors file without running any code in it; return what it holds.
@@ -34,19 +36,22 @@ def write(path, state):
     """Write a state dict to a new file.
 
     A .safetensors file holds the tensors by name. A .pt or .pth file holds the state dict under
-    the key `model`, as published weights do. Raises ValueError if the file exists or its
-    folder does not.
+    the key `model`, as published weights do. Raises ValueError, and leaves no file, if the file
+    exists, its folder does not, or the disk is full.
     """
     path = Path(path)
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(
-            f"{path} exists already or its folder does not: choose a new name in an existing folder"
-        )
+    outputs.check_new(path)
+    outputs.check_room(path, sum(value.nbytes for value in state.values()))
     if path.suffix == ".safetensors":
         contiguous = {key: value.contiguous() for key, value in state.items()}
-        safetensors_for(path).save_file(contiguous, path)
+        save = functools.partial(safetensors_for(path).save_file, contiguous)
     else:
-        torch.save({"model": state}, path)
+        save = functools.partial(torch.save, {"model": state})
+    with outputs.new(path) as temporary:
+        try:
+            save(temporary)
+        except Exception as error:  # what torch and safetensors make of a full disk
+            raise OSError(str(error).strip().splitlines()[0]) from error
 
 
 def digest(state):

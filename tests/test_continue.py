@@ -63,7 +63,8 @@ def test_pretraining_from_a_classifier_at_another_size(arrays, made, tmp_path, c
 
 def test_eval_of_a_pretrained_model_is_its_final_result(arrays, made, tmp_path, capsys):
     """pretrain.py --eval: the numbers of the run's last record, and pictures in --out."""
-    flags = [*script_flags("beit", arrays, made), "--init", checkpoint(made, "beit")]
+    tokenizer = ["--tokenizer", checkpoint(made, "tokenizer")]
+    flags = [*COMMON, "--data", arrays, *tokenizer, "--init", checkpoint(made, "beit")]
     pretrain.main([*flags, "--eval", "--out", str(tmp_path / "look")])
     final = log.read_metrics(made / "beit")[-1]
     names = ("mim_loss", "mim_accuracy", "token_entropy", "stage1_nats", "stage2_nats")

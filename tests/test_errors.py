@@ -4,6 +4,8 @@ Each case has one wrong thing in a command that works. {wrong} is the folder of 
 the fixture `wrong` makes, {made} the folder of the fixture `made`.
 """
 
+import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+import beit
+import dvae
+import finetune_seg
+import pretrain
 import train_tokenizer
 from experiments import short_runs
-from plumbing import command_line
+from plumbing import command_line, memory
 
 DATA = {  # case: (script, flags, what the line must say)
     "missing path": ("cls", "--data nowhere", "nowhere: no such file or folder"),
@@ -30,7 +36,7 @@ DATA = {  # case: (script, flags, what the line must say)
     "no masks": ("seg", "--data {wrong}/no-masks.npz", "no masks"),
     "mask range": ("seg", "--data {wrong}/val-masks.npz",
                    "mask value 8 is out of range for 2 classes"),
-    "pickled array": ("cls", "--data {wrong}/pickled.npz", "allow_pickle=False"),
+    "pickled array": ("cls", "--data {wrong}/pickled.npz", "Python objects, which could run code"),
     "no archive": ("cls", "--data {wrong}/noise.npz", "not a whole array file"),
     "half an archive": ("cls", "--data {wrong}/half.npz", "not a whole array file"),
     "other classes": ("cls", "--data {wrong}/zoo",
@@ -57,38 +63,71 @@ SETTINGS = {
     "grids differ": ("beit", "--token-size 8", "2 tokens along 8 pixels but there are 4 patches"),
     "patches do not divide": ("cls", "--image-size 18", "18 is not a multiple of the patch size 4"),
     "tokens do not divide": ("tokenizer", "--image-size 18", "not a multiple of 4"),
-    "not a number": ("beit", "--epochs nan", "--epochs nan must be a finite number"),
-    "endless": ("beit", "--epochs inf", "--epochs inf must be a finite number"),
+    "not a number": ("beit", "--epochs nan", "--epochs: 'nan' is not a number in (0, 1e6]"),
+    "endless": ("beit", "--epochs inf", "--epochs: 'inf' is not a number in (0, 1e6]"),
     "negative number": ("cls", "--labels-per-class -5",
-                        "--labels-per-class -5 must be a finite number, 0 or"),
-    "workers": ("cls", "--workers -1", "'-1' is neither auto nor a number of processes"),
-    "no pixels": ("seg", "--image-size 0", "--image-size 0 must be above 0"),
-    "no codes": ("tokenizer", "--vocab-size 0", "--vocab-size 0 must be above 0"),
-    "share above 1": ("cls", "--smoothing 2.0", "--smoothing 2.0 must be at most 1"),
-    "nothing kept": ("beit", "--drop-path 1", "--drop-path 1.0 must be below 1"),
-    "seed": ("cls", "--seed 99999999999999999999", "--seed 99999999999999999999 must be from 0"),
-    "mean and std": ("beit", "--normalise foo", "--normalise 'foo' is none of half, imagenet"),
-    "mask ratio": ("beit", "--mask-ratio 1.5", "mask ratio 1.5 is outside (0, 1)"),
-    "masking": ("beit", "--masking spiral", "masking 'spiral' is none of"),
+                        "--labels-per-class: '-5' is not a whole number in [0, 1e9]"),
+    "workers": ("cls", "--workers -1", "--workers: '-1' is neither auto nor in [0, 1024]"),
+    "no pixels": ("seg", "--image-size 0", "--image-size: '0' is not a whole number in [1, 65536]"),
+    "no codes": ("tokenizer", "--vocab-size 0", "--vocab-size: '0' is not a whole number"),
+    "share above 1": ("cls", "--smoothing 2.0", "--smoothing: '2.0' is not a number in [0, 1]"),
+    "nothing kept": ("beit", "--drop-path 1", "--drop-path: '1' is not a number in [0, 1)"),
+    "seed": ("cls", "--seed 99999999999999999999", "--seed: '99999999999999999999' is not"),
+    "mean and std": ("beit", "--normalise foo", "--normalise: 'foo' is not one of half, imagenet"),
+    "mask ratio": ("beit", "--mask-ratio 1.5", "--mask-ratio: '1.5' is not a number in (0, 1)"),
+    "masking": ("beit", "--masking spiral", "--masking: 'spiral' is not one of blockwise"),
     "no masking": ("beit", "--masking none",
                    "--masking none leaves nothing to predict: add --recover all"),
-    "min block": ("beit", "--min-block 16", "smallest block 16 is not between 1 and the 6"),
-    "target": ("beit", "--target edges", "--target 'edges' is none of tokens, pixels"),
+    "min block": ("beit", "--min-block 16", "min block 16 fits nowhere: 6 of 4x4 to mask"),
+    "target": ("beit", "--target edges", "--target: 'edges' is not one of tokens, pixels"),
     "tokenizer for pixels": ("beit", "--target pixels",
-                             "--target pixels has no use for --tokenizer"),
-    "recover": ("beit", "--recover some", "--recover 'some' is none of masked, all"),
-    "recipe": ("cls", "--recipe gigantic", "unknown recipe 'gigantic'"),
-    "model": ("cls", "--init random --model huge", "model 'huge' is none of"),
+                             "--target pixels has no use for --token-size, --tokenizer"),
+    "recover": ("beit", "--recover some", "--recover: 'some' is not one of masked, all"),
+    "recipe": ("cls", "--recipe gigantic", "--recipe: 'gigantic' is not one of demo, fashion"),
+    "model": ("cls", "--init random --model huge", "--model: 'huge' is not one of mini, tiny"),
     "option": ("cls", "--learning-rate 1", "unrecognized arguments: --learning-rate"),
     "abbreviated option": ("cls", "--epoch 1", "unrecognized arguments: --epoch"),
-    "value of an option": ("cls", "--lr fast", "invalid float value: 'fast'"),
+    "value of an option": ("cls", "--lr fast", "--lr: 'fast' is not a number in [0, 100]"),
     "device": ("cls", "--device tpu", "device 'tpu' is none of"),
     "warm-up": ("cls", "--warmup-epochs 9", "--warmup-epochs 9"),
-    "zero steps": ("seg", "--steps 0", "--steps 0 must be at least 1"),
+    "zero steps": ("seg", "--steps 0", "--steps: '0' is not a whole number in [1, 1e9]"),
     "long warm-up": ("seg", "--warmup-steps 4", "leaves nothing of --steps 4"),
+    "endless in name": ("beit", "--epochs 1e300", "--epochs: '1e300' is not a number in (0, 1e6]"),
+    "endless draws": ("cls", "--mixup 1e308", "--mixup: '1e308' is not a number in [0, 1000]"),
+    "endless network": ("tokenizer", "--blocks-per-group 500000000", "--blocks-per-group: '5000"),
+    "tiny crop": ("cls", "--eval-crop 1e-9", "--eval-crop: '1e-9' is not a number in [0.1, 1]"),
+    "scales": ("seg", "--min-scale 3 --max-scale 1", "--min-scale 3.0 is above --max-scale 1.0"),
+    "no name": ("beit", "--tokenizer=", "--tokenizer: '' is not a name or a path"),
+    "no folder": ("beit", "--out=", "--out: '' is not a name or a path"),
+    "no data": ("cls", "--data=", "--data: '' is not a name or a path"),
+    "no weights": ("cls", "--init=", "--init: '' is not a name or a path"),
+    "mask fits nowhere": ("beit", "--mask-ratio 0.93 --min-block 15",
+                          "min block 15 fits nowhere: 15 of 4x4 to mask"),
+    "equal warm-up": ("cls", "--warmup-epochs 1", "--warmup-epochs 1.0 leaves nothing of --epochs"),
+    "processes": ("cls", "--workers 1000000", "--workers: '1000000' is neither auto nor in"),
 }  # fmt: skip
 
-CASES = DATA | FILES | SETTINGS
+UNUSED = {
+    "eval and rates": ("cls", "--eval --init {made}/cls/checkpoint.pt",
+                       "--eval has no use for --epochs, --image-size, --labels-per-class, --log-"),
+    "sizes of weights": ("cls", "--model base", "--init CHECKPOINT has no use for --model"),
+    "probe": ("cls", "--linear-probe --mixup 1", "--linear-probe has no use for --mixup"),
+    "no probe": ("cls", "--layer 1", "training without --linear-probe has no use for --layer"),
+    "VQ-VAE": ("tokenizer", "--quantizer vq", "--quantizer vq has no use for --tau-steps"),
+    "positions": ("beit", "--init {made}/beit/checkpoint.pt --positions shared --layer-scale 1",
+                  "--init CHECKPOINT has no use for --layer-scale, --positions"),
+}  # fmt: skip
+
+MEMORY = {
+    "vocabulary": ("tokenizer", "--vocab-size 1000000 --code-dim 65536", "weights"),
+    "width": ("tokenizer", "--hidden 65536", "--hidden"),
+    "pixels of the tokenizer": ("tokenizer", "--image-size 65536", "the backward pass"),
+    "pixels": ("cls", "--init random --image-size 65536", "--image-size"),
+    "batch": ("beit", "--batch-size 1000000", "of memory"),
+    "decoder": ("seg", "--decoder-dim 65536", "--decoder-dim"),
+}
+
+CASES = DATA | FILES | SETTINGS | UNUSED | MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +196,168 @@ def test_error_in_a_real_process(tmp_path):
     command = [sys.executable, "finetune_cls.py", *flags]
     done = subprocess.run(command, cwd=short_runs.HERE, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+# -------------------------------------------------------- ranges, and flags without use
+
+
+@pytest.mark.parametrize("stage", short_runs.SCRIPTS)
+def test_every_recipe_is_within_its_ranges_and_help_shows_them(stage, capsys):
+    """Each column's values against the row's range; the sizes of --model are those of MODELS."""
+    module = short_runs.MODULES[stage]
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, (*values, span, _) in module.RECIPES.items():
+        values = [value for value in values if value is not None]
+        assert span.replace("%", "%%") in shown, name
+        if not isinstance(values[0], bool):
+            kind = float if float in map(type, values) else type(values[0])
+            assert [command_line.within(kind, span)(str(value)) for value in values] == values
+        if name == "model":
+            assert span.split("|") == list(beit.MODELS)
+
+
+def test_a_range_takes_its_closed_ends_only():
+    """Ends, their neighbours, NaN, infinity and other text against what the flag takes."""
+    for kind, span, good, bad in (
+        (float, "(0, 1]", ["1", "1e-9"], ["0", "-0.0", "1.0000001", "nan", "inf", "-inf", "x", ""]),
+        (int, "[0, 10)", ["0", "9"], ["10", "-1", "1.0", "1e0", "9" * 5000]),
+        (int, f"[0, {2**63})", ["0", str(2**63 - 1)], [str(2**63), "-1"]),
+        (str, "a|b", ["a", "b"], ["", "c", "a|b"]),
+        (str, "", ["a|b", " "], [""]),
+    ):
+        read = command_line.within(kind, span)
+        assert [read(text) for text in good] == [kind(text) for text in good]
+        for text in bad:
+            with pytest.raises(argparse.ArgumentTypeError):
+                read(text)
+
+
+def test_values_from_a_checkpoint_are_checked_too(arrays, made, tmp_path, capsys):
+    """--eval takes --eval-crop from --init; edited to 1e-9 it ends in one line."""
+    state = torch.load(made / "cls" / "checkpoint.pt", weights_only=True)
+    state["arguments"]["eval_crop"] = 1e-9
+    torch.save(state, tmp_path / "edited.pt")
+    with pytest.raises(SystemExit, match="2"):
+        short_runs.MODULES["cls"].main(["--eval", "--init", str(tmp_path / "edited.pt")])
+    assert "--eval-crop: '1e-09' is not a number in [0.1, 1]" in capsys.readouterr().err
+
+
+def test_benchmark_has_no_use_for_the_logs_flags(arrays, tmp_path, capsys):
+    """--benchmark with --save-every and --log-every: refused by name."""
+    flags = short_runs.script_flags("tokenizer", arrays, tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        train_tokenizer.main([*flags, "--save-every", "9", "--benchmark", "1"])
+    assert "--benchmark has no use for --log-every, --save-every" in capsys.readouterr().err
+
+
+# -------------------------------------------------------- memory
+
+
+def parsed(module, *flags):
+    """The arguments of a script with these flags."""
+    parser = command_line.recipe_parser("", module.RECIPES)
+    parser.set_defaults(eval=False, recompute=False)
+    return command_line.parse_recipe(parser, module.RECIPES, ["--out", "unused", *flags])
+
+
+def kept_bytes(model, compute):
+    """Bytes that autograd keeps for the backward pass of compute(), the parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = compute()  # alive until the storages are counted
+    return sum(storage.nbytes() for storage in kept.values()) if result is not None else 0
+
+
+def weight_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name, size", [("tiny", 48), ("mini", 96)])
+@pytest.mark.parametrize("positions", ["absolute", "shared"])
+def test_a_backbones_memory_is_never_overestimated(name, size, positions):
+    """Weights of models, and what autograd keeps in bf16, against the lower bounds."""
+    args = parsed(finetune_seg, "--data", "shapes")
+    config = beit.model_config(name, image_size=size, positions=positions)
+    model = finetune_seg.BeitForSegmentation(config, 3, args.decoder_dim)
+    weights, kept = memory.backbone(config, args, on_gpu=False)
+    assert 0.8 * weight_count(model) < weights <= weight_count(model)
+    x = torch.zeros(2, 3, size, size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        real = kept_bytes(model, lambda: model(x).float().logsumexp(1).sum())
+    assert 0.4 * real < 2 * 2 * kept <= real
+
+
+@pytest.mark.parametrize("flags", [(), ("--quantizer", "vq"), ("--groups", "4"), ("--hidden", "8")])
+def test_a_tokenizers_memory_is_never_overestimated(flags):
+    """The same of the dVAE and of VQ-VAE."""
+    args = parsed(train_tokenizer, *flags)
+    names = dvae.DVAEConfig.__dataclass_fields__
+    config = dvae.DVAEConfig(**{name: getattr(args, name) for name in names})
+    model = dvae.build(config)
+    weights, kept = memory.tokenizer(config, args)
+    assert 0.5 * weight_count(model) < weights <= weight_count(model)
+    x, side = torch.zeros(32, 3, 24, 24), 24 // config.downsampling
+    e = torch.ones(32, side, side, config.vocab_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        real = kept_bytes(model, lambda: model(x, 0.5, 0.1, e)[0]) + e.nbytes
+    assert 0.2 * real < 32 * 2 * kept <= real
+
+
+def test_a_run_that_fits_exactly_is_not_refused(monkeypatch):
+    """The bytes that the line asks for are enough, and one less is not."""
+    args, config = parsed(pretrain, "--target", "pixels"), beit.model_config("tiny", image_size=24)
+    args.batch_size, found = 128, []
+    for there in range(0, 2**40, 2**20):
+        monkeypatch.setattr(memory, "available", lambda device: there)
+        try:
+            memory.check(args, config)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            break
+    assert 20 < len(found) < 1000 and "most is for the backward pass" in found[-1]
+    for flag in ("--batch-size", "--accumulate", "--recompute", "--image-size", "--model"):
+        assert flag in found[-1]
+    args.accumulate, args.eval = 128, False
+    memory.check(args, config)
+
+
+def test_cgroups_limit_the_memory(tmp_path, monkeypatch):
+    """Limits of a group and of those above it, of both versions; torchrun's processes share."""
+    groups = tmp_path / "cgroup"
+    groups.write_text("4:memory:/a/b\n3:cpuset:/\n0::/c\n")
+    for place, text in (("memory/a/b/memory.limit_in_bytes", "9000\n"),
+                        ("memory/a/memory.limit_in_bytes", "5000\n"),
+                        ("c/memory.max", "max\n"), ("memory.max", "7000\n")):  # fmt: skip
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(text)
+    assert sorted(memory.cgroup_limits(tmp_path, groups)) == [5000, 7000, 9000]
+    assert memory.cgroup_limits(tmp_path, tmp_path / "none") == []
+    monkeypatch.setattr(memory, "cgroup_limits", lambda: [9000])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert memory.available(torch.device("cpu")) == 3000 < math.inf
+
+
+@pytest.mark.parametrize("make", [lambda: np.empty(2**55), lambda: torch.empty(2**55)])
+def test_a_failed_allocation_is_one_line(make, capsys):
+    """numpy's and torch's errors of more memory than there is: status 2 and the flags that help."""
+    with pytest.raises(SystemExit, match="2"), command_line.one_line_errors():
+        make()
+    error = capsys.readouterr().err
+    assert "the memory is full (" in error and "--batch-size" in error and error.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback():
+    """RuntimeErrors that do not come from an allocator are not bad input."""
+    with pytest.raises(RuntimeError, match="size of tensor"), command_line.one_line_errors():
+        torch.zeros(3) + torch.zeros(4)

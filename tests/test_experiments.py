@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import time
 import types
 from pathlib import Path
@@ -45,43 +46,145 @@ def test_average_precision_of_a_hand_made_ranking():
     assert found.tolist() == pytest.approx([(1 + 2 / 4) / 2, 1.0])
 
 
+CONFIG = beit.BeitConfig(image_size=8, patch_size=2, dim=16, depth=2, heads=2)
+
+
+def quarters(name, *places):
+    """Two images of 8 x 8, in which objects of class 1, 2, ... fill a quarter at (top, left)."""
+    masks = np.zeros((2, 8, 8), np.uint8)
+    for c, (top, left) in enumerate(places, start=1):
+        masks[:, top : top + 4, left : left + 4] = c
+    return sources.Arrays(name, np.zeros((2, 8, 8, 3), np.uint8), masks=masks)
+
+
+def same_class(source):
+    """Attention (N+1, N+1) from each patch to all of its class; e_[S] comes first."""
+    classes = attention.patch_classes(torch.from_numpy(source.masks), 2)[0]
+    return F.pad((classes[:, None] == classes).float(), (1, 0, 1, 0))
+
+
+def looking(*heads):
+    """A model whose last layer has this attention, whatever it sees: a matrix for each head."""
+    heads = torch.stack(heads)
+    last_attention = functools.partial(lambda heads, x: heads.expand(len(x), -1, -1, -1), heads)
+    return types.SimpleNamespace(config=CONFIG, last_attention=last_attention)
+
+
 def test_attention_that_knows_the_objects_scores_100():
     """separation() of a model that attends to its own object, and of one that attends elsewhere.
 
-    Chance is the share of the other patches that are on the same object: 3 of 15.
+    Chance is the share of the other patches that are on the same object: 3 of 15. The objects are
+    in the corners, so the centre is a bad guess.
     """
-    masks = np.zeros((2, 8, 8), np.uint8)
-    masks[:, :4, :4], masks[:, 4:, 4:] = 1, 2
-    source = sources.Arrays("two objects", np.zeros((2, 8, 8, 3), np.uint8), masks=masks)
-    classes = attention.patch_classes(torch.from_numpy(masks[0]), 2)
-    same = F.pad((classes[:, None] == classes).float(), (1, 0, 1, 0))  # (N+1, N+1), e_[S] first
-    config = beit.BeitConfig(image_size=8, patch_size=2, dim=16, depth=2, heads=2)
-
-    def looking(weights):
-        last_attention = functools.partial(lambda weights, x: weights.expand(1, 2, -1, -1), weights)
-        return types.SimpleNamespace(config=config, last_attention=last_attention)
-
-    models = {"knows": looking(same), "opposite": looking(-same)}
+    source = quarters("two objects", (0, 0), (4, 4))
+    same = same_class(source)
+    models = {"knows": looking(-same, 2 * same), "opposite": looking(-same, -same)}
     found = attention.separation(models, "half", source, 2)
-    assert found["knows"] == pytest.approx(100)
-    assert found["chance"] == pytest.approx(100 * 3 / 15)
-    assert found["opposite"] < found["chance"]
+    chance = pytest.approx(100 * 3 / 15)
+    assert found["chance"].tolist() == [chance]
+    assert found["knows"][[0, 2]].tolist() == pytest.approx([100, 100])  # mean over heads, head 1
+    assert max(*found["opposite"], found["knows"][1]) < 20  # below chance
+    assert 20 < found["centre"] < found["nearness"] < 100
+
+
+def test_centre_prior_finds_a_centred_object():
+    """An object in the middle: the centre prior scores 100, nearness less."""
+    source, model = quarters("centred", (2, 2)), looking(*torch.ones(2, 17, 17))
+    found = attention.separation({"m": model}, "half", source, 1)
+    assert found["centre"].item() == pytest.approx(100) and found["nearness"] < 100
+
+
+def test_best_head_is_chosen_on_validation_images():
+    """Head 0 knows the test images' layout and head 1 that of the validation images: head 1."""
+    test, validation = quarters("test", (0, 0), (4, 4)), quarters("val", (0, 4), (4, 0))
+    model = looking(same_class(test), same_class(validation))
+    rows = attention.measure({"m": model}, "half", test, validation, 2)
+    found = {name: (percent, note) for name, percent, note in rows}
+    percent, note = found["m, best head"]
+    assert note == "head 1, 100.0 on validation images" and percent < 90
+    rows = attention.measure({"m": model}, "half", test, test, 2)
+    assert rows[1] == ("m, best head", pytest.approx(100), "head 0, chosen on these images")
+
+
+def test_what_attention_sees_of_an_image():
+    """Of larger arrays a crop, of smaller ones the centred square, resized with its mask."""
+    images = np.arange(10 * 12, dtype=np.uint8).reshape(1, 10, 12)
+    source = sources.Arrays("large", images, masks=images // 64)
+    pixels, mask = attention.Seen(source, 8, "half")[0]
+    values = (pixels[0] * 255).round().byte()
+    assert torch.equal(values // 64, mask) and values[1, 0] - values[0, 0] == 12
+    masks = np.zeros((1, 4, 6), np.uint8)
+    masks[:, :2, :3], masks[:, :, 5] = 1, 7
+    small = sources.Arrays("small", masks * 100, masks=masks)
+    pixels, mask = attention.Seen(small, 8, "half")[0]
+    assert pixels.shape == (3, 8, 8) and pixels[:, 0, 0].allclose(torch.tensor(100 / 255))
+    assert torch.equal(mask == 1, F.pad(torch.ones(4, 4) == 1, (0, 4, 0, 4)))
+
+
+def test_figure_2_of_photographs(made, tmp_path, capsys):
+    """Files of any size and shape, with masks: a line says what the model sees of them."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(12, 9), (20, 30), (16, 16)]):
+        mask = rng.integers(0, 2, size, np.uint8).repeat(4, 0).repeat(4, 1)[: size[0], : size[1]]
+        for folder, pixels in (("images", mask * 200), ("annotations", mask)):
+            path = tmp_path / "set" / folder / "validation" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(pixels).save(path)
+    (tmp_path / "set" / "classes.txt").write_text("background\nobject\n")
+    flags = [str(made / "beit" / "checkpoint.pt"), "--data", str(tmp_path / "set")]
+    attention.main([*flags, "--measure", "9"])
+    assert "of each image the centred square, resized to 16x16 pixels" in capsys.readouterr().out
+    attention.main([*flags, "--out", str(tmp_path / "photographs.png")])
+    content = (tmp_path / "photographs.png").read_bytes()
+    assert struct.unpack(">II", content[16:24]) == (4 * 100, 2 * 3 * 100)  # two rows an image
+
+
+def test_reference_points_follow_the_mask():
+    """Two on the largest object and one on background, far off; also in a mask without either."""
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[:4, :3], mask[6:, :2] = 3, 1  # the object fills two patches, and two more by half
+    assert attention.mask_points(mask, 2) == [(0, 0), (1, 0), (3, 3)]
+    for c in (0, 1, sources.IGNORE):
+        points = attention.mask_points(torch.full((8, 8), c, dtype=torch.uint8), 2)
+        assert points[:2] == [(1, 0), (3, 0)] and len(points) == 3
 
 
 def test_figure_2(arrays, made, tmp_path, capsys):
     """The command draws a picture, and measures; a set without masks is an error."""
     picture, checkpoint = tmp_path / "attention.png", str(made / "beit" / "checkpoint.pt")
-    flags = ["--data", arrays, "--points", "0,0", "3,2", "--out", str(picture)]
-    attention.main([checkpoint, "3", "4", *flags])
+    flags = ["--data", arrays, "--out", str(picture)]
+    attention.main([checkpoint, "3", "4", "--points", "0,0", "3,2", *flags])
     assert picture.stat().st_size > 100
-    attention.main([checkpoint, "--data", arrays, "--measure", "3"])
+    attention.main([checkpoint, "--data", arrays, "--measure", "3", "--split", "train"])
     scores = dict(re.findall(r"(.+?) +average precision ([\d.]+)", capsys.readouterr().out))
-    assert list(scores) == ["pre-trained", "random weights", "nearness", "pixels", "chance"]
+    heads = "mean over heads", "best head"
+    rows = [f"{model}, {of}" for model in ("pre-trained", "random weights") for of in heads]
+    assert list(scores) == [*rows, "nearness", "pixels", "centre", "chance"]
     assert all(0 < float(score) <= 100 for score in scores.values())
     unmasked = sources.Arrays("no masks", np.zeros((1, 16, 16), np.uint8))
     models, _ = attention.load_models(checkpoint)
     with pytest.raises(ValueError, match="no masks has no masks"):
         attention.separation(models, "half", unmasked, 1)
+
+
+def test_figure_2_of_the_paper_has_a_row_for_each_of_its_claims(made, tmp_path, monkeypatch):
+    """figure2() with two pre-training runs: its picture, its table and the verdicts."""
+    monkeypatch.setattr(paper, "tokenizer_stage", lambda runner: None)
+    checkpoint = str(made / "beit" / "checkpoint.pt")
+    monkeypatch.setattr(paper, "pretrained", lambda runner, tokenizer: [checkpoint] * 2)
+    images = np.random.default_rng(0).integers(0, 256, (4, 20, 20), np.uint8)
+    content = {f"{split}_images": images for split in ("val", "test")}
+    content |= {f"{split}_masks": images // 128 for split in ("val", "test")}
+    np.savez(tmp_path / "scenes.npz", **content)
+    settings = {"scenes": str(tmp_path / "scenes.npz"), "reference_images": 2}
+    runner = types.SimpleNamespace(settings=settings, planning=False, data_dir=None, out=tmp_path)
+    table = paper.figure2(runner)
+    assert (tmp_path / "figure2.png").stat().st_size > 100
+    best = next(row for row in table["rows"] if row[0] == "pre-trained, best head")
+    assert len(best[1]["values"][0]) == 2 and best[2].count("on validation images") == 2
+    claims = [claim for claim in tables.CLAIMS if claim[1] == "figure 2"]
+    assert len(tables.verdicts({"figure 2": table})["rows"]) == len(claims)
 
 
 # -------------------------------------------------------- stages and plans
@@ -103,7 +206,7 @@ def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path):
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     assert runner.stage(*call) == record
     assert "--resume" in commands.read_text().splitlines()[1]
-    message = r"stage tokenizer-\w{8} ended with status 2: .* is neither"
+    message = r"stage tokenizer-\w{8} ended with status 2: .* is not one of"
     with pytest.raises(ValueError, match=message):
         runner.stage(*call, "--quantizer", "none")
 
@@ -142,7 +245,7 @@ def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
     assert planned(tmp_path, "demo", 3, experiments)[1] == 0
     assert [row[0] for row in made["table 4"]["rows"]] == list(paper.ABLATIONS)
     assert len(made["table 4"]["rows"][0][1]["values"]) == 2  # pre-training seeds
-    tested = [claim for claim in tables.CLAIMS if claim[1] not in ("figure 2", "grid 14")]
+    tested = [claim for claim in tables.CLAIMS if claim[1] in made]
     assert len(saved["tables"]["claims"]["rows"]) == len(tested)
 
 
@@ -163,6 +266,21 @@ def test_grid14_plans_what_it_runs(no_processes, tmp_path):
         reproduce.main(["--grid14", "--out", str(tmp_path / "demo")])
 
 
+def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
+    """Every row and measure at every budget, several seeds at the largest; no masks, no mIoU."""
+    monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
+    runner, total = planned(tmp_path, "photos", 2, [paper.budgets])
+    table = paper.budgets(runner)
+    assert runner.progress.counts() == (total, total)
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert list(rows) == [f"{row}, {m}" for m in ("top-1", "k-NN") for row in paper.BUDGET_ROWS]
+    seeds = [len(cell["values"]) for cell in rows["BEiT, top-1"]]
+    assert seeds == [1, 1, 1, runner.settings["budget_seeds"]]
+    claims = tables.save_results(runner, {"budgets": table})["tables"]["claims"]["rows"]
+    assert len(claims) == 4 * 2 * 4 and claims[0][0].endswith(table["columns"][1])
+    assert "<polyline" in (tmp_path / "budgets.svg").read_text()
+
+
 def test_estimate_follows_the_stages_that_have_ended(tmp_path):
     """Recorded 100 and 50 seconds: 150 before the first; if it takes 200, then 100 are left."""
     progress = stages.Progress({"tokenizer": 100.0, "beit-0": 50.0}, jobs=1)
@@ -178,12 +296,13 @@ def test_estimate_follows_the_stages_that_have_ended(tmp_path):
 
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
     """Differences of means against twice the pooled deviation: 5 > 2 * 1.41, 1.8 < 2 * 1.04."""
-    claims = [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
+    claims = [("far {}", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
     monkeypatch.setattr(tables, "CLAIMS", claims)
     values = {"a": [[10.0, 12.0]], "b": [[7.0, 5.0]], "c": [[7.5], [8.1]]}
     rows = [[row, {"values": runs}] for row, runs in values.items()]
-    found = {claim: verdict for claim, verdict, _ in tables.verdicts({"t": {"rows": rows}})["rows"]}
-    assert found == {"far": "holds", "near": "undecided", "less": "does not hold"}
+    table = {"columns": ["", "top-1"], "rows": rows}
+    found = {claim: verdict for claim, verdict, _ in tables.verdicts({"t": table})["rows"]}
+    assert found == {"far top-1": "holds", "near": "undecided", "less": "does not hold"}
 
 
 def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_path):

@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_nothing(checkpoint, arrays, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="No space"):
         run(checkpoint, arrays, tmp_path / "F.npz")
     assert not list(tmp_path.iterdir())
 

@@ -7,12 +7,14 @@ import http.server
 import io
 import os
 import random
+import re
+import resource
 import struct
 import sys
 import tarfile
 import threading
+import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune_seg
+from images import arrays as arrays_module
 from images import (
     augment,
     batches,
@@ -230,40 +233,165 @@ def test_convert_once(arrays, tmp_path, destination):
     assert isinstance(source.images, np.memmap) == (destination == "folder")
 
 
-def break_npz_files(folder, whole):
-    """Write .npz files into `folder` that cannot be read; whole: the bytes of one that can."""
-    (folder / "zero.npz").touch()
-    (folder / "short.npz").write_bytes(whole[:3000])
-    flipped = bytearray(whole)
-    flipped[len(whole) // 3] ^= 16
-    (folder / "flipped.npz").write_bytes(flipped)
-    np.savez_compressed(folder / "packed.npz", train_images=np.random.default_rng(0).bytes(2000))
-    packed = bytearray((folder / "packed.npz").read_bytes())
-    packed[len(packed) // 2 :: 7] = bytes(len(packed[len(packed) // 2 :: 7]))
-    (folder / "packed.npz").write_bytes(packed)
-    np.savez(folder / "pickled.npz", train_images=np.array([{}], dtype=object))
+@pytest.mark.parametrize("destination", ["set.npz", "folder"])
+def test_conversion_on_a_full_disk_leaves_nothing(arrays, tmp_path, destination, monkeypatch):
+    """No file may have more than 4 kB; and a disk that says how little room it has."""
+    wanted = [arrays, str(tmp_path / "new" / destination), "--size", "8"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .* \(File too large\)"):
+            convert.main(wanted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    wanted[-1] = "100000000"
+    with pytest.raises(ValueError, match="make room"):
+        convert.main(wanted)
+    assert list(tmp_path.iterdir()) == []
 
 
-def break_npy_folders(folder):
-    """Make folders of .npy files in `folder` that cannot be read."""
-    for name in ("zero", "short", "pickled"):
-        (folder / name).mkdir()
-    (folder / "zero" / "train_images.npy").touch()
-    np.save(folder / "pickled" / "train_images.npy", np.array([{}], dtype=object))
-    np.save(folder / "short" / "train_images.npy", np.zeros((9, 8, 8), np.uint8))
-    with open(folder / "short" / "train_images.npy", "r+b") as file:
-        file.truncate(300)
+def npy(array=None, header=None, data=b""):
+    """The bytes of a .npy file: of an array, or with a header and data that need not agree."""
+    file = io.BytesIO()
+    if header is None:
+        np.save(file, array)
+    else:
+        text = header if isinstance(header, str) else str(header)
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + data)
+    return file.getvalue()
 
 
-def test_broken_arrays_are_refused_in_one_line(arrays, tmp_path):
-    """Empty, cut off, damaged and pickled arrays raise ValueError or OSError with a message."""
-    break_npz_files(tmp_path, Path(arrays).read_bytes())
-    break_npy_folders(tmp_path)
-    files = [f"{name}.npz" for name in ("zero", "short", "flipped", "packed", "pickled")]
-    for name in (*files, "zero", "short", "pickled"):
-        with pytest.raises((ValueError, OSError)) as refused:
-            sets.open_source(str(tmp_path / name), "train")
-        assert str(refused.value).strip(), name
+PIXELS = np.arange(9 * 8 * 8, dtype=np.uint8).reshape(9, 8, 8)
+
+
+def of_shape(shape, dtype="|u1"):
+    """Data of PIXELS with a header that says `shape`."""
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    return npy(header=header, data=PIXELS.tobytes())
+
+
+DAMAGED = {  # case: (name of the array, what it holds, what the message says)
+    "empty": ("train_images", b"", "not a whole array file"),
+    "no header": ("train_images", bytes(600), "not a whole array file"),
+    "half a header": ("train_images", npy(PIXELS)[:60], "not a whole array file"),
+    "nested header": ("train_images", npy(header="(" * 900), "not a whole array file"),
+    "half": ("train_images", npy(PIXELS)[:300], "172 bytes follow"),
+    "one byte more": ("train_images", npy(PIXELS) + b"x", "577 bytes follow"),
+    "other format": ("train_images", b"\x93NUMPY\x09" + npy(PIXELS)[7:], "not a whole array file"),
+    "negative": ("train_images", of_shape((-9, 8, 8)), "says uint8 (-9, 8, 8)"),
+    "boolean": ("train_images", of_shape((True, 8, 72)), "says uint8 (True, 8, 72)"),
+    "2^63": ("train_images", of_shape((2**63, 8, 8)), "9223372036854775808, 8, 8), and 576"),
+    "480 GB": ("train_images", of_shape((7_500_000_000, 8, 8)), "and 576 bytes follow"),
+    "no height": ("train_images", npy(PIXELS[:, :0]), "no images: uint8 (9, 0, 8)"),
+    "objects": ("train_images", npy(np.array([{}], object)), "holds Python objects"),
+    "fields": ("train_images", npy(np.zeros(9, "u1,f4")), "images are [('f0', 'u1')"),
+    "large labels": ("train_labels", npy(np.arange(9) + 2**33), "at most 65,536 classes"),
+    "largest label": ("train_labels", npy(np.full(9, 2**64 - 1)), "at most 65,536 classes"),
+    "durations": ("train_labels", npy(np.arange(9).astype("m8[s]")), "labels are timedelta64"),
+    "one class name": ("classes", npy(np.array("cat")), "a list of at most 65,536 strings"),
+    "nested names": ("classes", npy(np.array([["a"], ["b"]])), "a list of at most 65,536 strings"),
+    "no text": ("classes", npy(np.array([2**31], "<u4").view("<U1")), "not a whole array file"),
+    "mask classes": ("mask_classes", npy(np.arange(256)), "a list of at most 255 strings"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_array_is_refused_by_its_header(case, tmp_path):
+    """As a file and in an archive: ValueError in one line that names what is wrong."""
+    name, content, says = DAMAGED[case]
+    (tmp_path / "set").mkdir()
+    whole = {"train_images": npy(PIXELS), "train_labels": npy(np.arange(9))}
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for key, value in {**whole, name: content}.items():
+            archive.writestr(f"{key}.npy", value)
+            (tmp_path / "set" / f"{key}.npy").write_bytes(value)
+    for data in ("set", "set.npz"):
+        with pytest.raises(ValueError) as refused:
+            sets.open_source(str(tmp_path / data), "train")
+        line = str(refused.value)
+        assert says in line and str(tmp_path / data) in line and "\n" not in line
+
+
+def field(signature, offset, form, value):
+    """A function that changes a field of every header with this signature in an archive."""
+
+    def change(content):
+        for found in re.finditer(re.escape(signature), bytes(content)):
+            struct.pack_into(form, content, found.start() + offset, value)
+
+    return change
+
+
+def spoil(content):
+    """Overwrite a part of the first member's compressed bytes."""
+    content[200:300:3] = bytes(34)
+
+
+ARCHIVES = {  # case: (compression, function that damages the archive)
+    "cut off": (zipfile.ZIP_STORED, lambda content: content.__delitem__(slice(2000, None))),
+    "stored": (zipfile.ZIP_STORED, lambda content: content.__setitem__(400, content[400] ^ 16)),
+    "deflated": (zipfile.ZIP_DEFLATED, spoil),
+    "lzma": (zipfile.ZIP_LZMA, spoil),
+    "encrypted": (zipfile.ZIP_STORED, field(b"PK\1\2", 8, "<H", 1)),
+    "unknown method": (zipfile.ZIP_STORED, field(b"PK\1\2", 10, "<H", 99)),
+    "unknown version": (zipfile.ZIP_STORED, field(b"PK\1\2", 6, "<H", 99)),
+    "other size": (zipfile.ZIP_DEFLATED, field(b"PK\1\2", 24, "<I", 2**32 - 2)),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_damaged_archive_is_refused_in_one_line(case, tmp_path):
+    """Whatever zipfile makes of it: ValueError that names the file."""
+    method, damage = ARCHIVES[case]
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 20, 20), np.uint8)
+    with zipfile.ZipFile(tmp_path / "set.npz", "w", method) as archive:
+        archive.writestr("train_images.npy", npy(pixels))
+    content = bytearray((tmp_path / "set.npz").read_bytes())
+    damage(content)
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="set.npz") as refused:
+        sets.open_source(str(tmp_path / "set.npz"), "train")
+    assert "\n" not in str(refused.value)
+
+
+def test_arrays_larger_than_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    """An archive whose arrays take more than is free; the same arrays in a folder are mapped."""
+    np.savez(tmp_path / "set.npz", train_images=PIXELS)
+    np.save(tmp_path / "train_images.npy", PIXELS)
+    monkeypatch.setattr(arrays_module, "free_memory", lambda: 500)
+    with pytest.raises(ValueError, match="take 576 bytes, and 500 bytes of memory are free"):
+        sets.open_source(str(tmp_path / "set.npz"), "train")
+    assert len(sets.open_source(str(tmp_path), "train")) == 9
+
+
+def test_a_pipe_and_a_directory_are_no_arrays(tmp_path):
+    """Refused instead of waited for."""
+    os.mkfifo(tmp_path / "train_images.npy")
+    (tmp_path / "val_images.npy").mkdir()
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            sets.open_source(str(tmp_path), split)
+
+
+def test_unusual_arrays_are_read_right(tmp_path):
+    """Fortran order, big-endian and MedMNIST's labels, names as bytes; 256 classes without names.
+
+    Mask value 255 is no class, label 255 is one.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 6, 5, 3), np.uint8)
+    labels, masks = np.arange(256)[:, None], pixels[..., 0] | 128
+    usual = dict(train_images=pixels, train_labels=labels.astype("u1"), train_masks=masks)
+    unusual = dict(train_images=np.asfortranarray(pixels), train_labels=labels.astype(">i8"))
+    np.savez_compressed(tmp_path / "usual.npz", **usual)
+    np.savez(tmp_path / "unusual.npz", classes=np.array([b"ant", b"b\xc3\xa9e"]), **unusual)
+    usual, unusual = (
+        sets.open_source(str(tmp_path / f"{name}.npz"), "train") for name in ("usual", "unusual")
+    )
+    for source in (usual, unusual):
+        assert np.array_equal(source.read([3, 200]), pixels[[3, 200]])
+        assert source.labels.tolist() == list(range(256)) and source.labels.dtype == np.int64
+    assert unusual.classes == ["ant", "b\u00e9e"]
+    assert len(usual.classes) == 256 and usual.mask_classes[-1] == "254"
 
 
 # -------------------------------------------------------- image files
@@ -431,3 +559,22 @@ def test_bad_mask_is_skipped_counted_and_named(mask, tmp_path, capsys):
     held_out = masked.MaskedImages(args, source, 2, "half", False)
     with pytest.raises(ValueError, match="annotations/training/a.png"):
         held_out.__getitems__([(-1, 0)])
+
+
+def test_bad_mask_of_an_array_is_skipped_counted_and_named(capsys):
+    """A wrong mask that the look at some of the masks misses; one that it sees is refused."""
+    masks = np.zeros((200, 8, 8), np.uint8)
+    masks[1] = 7
+    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
+    flags = ["--out", "unused", "--image-size", "8"]
+    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    source = sources.Arrays("many", np.zeros((200, 8, 8), np.uint8), masks=masks)
+    train = masked.MaskedImages(args, source, 2, "half", True)
+    _, found = train.__getitems__([(0, 1)])
+    assert found.sum() == 0 and train.problems() == {"skipped": 1}
+    assert "many, mask 1: mask value 7 is out of range" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="many, mask 1: mask value 7"):
+        masked.MaskedImages(args, source, 2, "half", False).__getitems__([(-1, 1)])
+    masks[100] = 7
+    with pytest.raises(ValueError, match="mask value 7"):
+        masked.MaskedImages(args, source, 2, "half", True)

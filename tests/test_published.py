@@ -146,8 +146,8 @@ def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
     sizes = dict(image_size=16, patch_size=4, dim=64, depth=2, heads=1, drop_path=0.0)
     model = pretrain.BeitForMaskedImageModeling(beit.BeitConfig(**sizes), 11)
     torch.save(model.state_dict(), tmp_path / "beit.pth")
-    flags = ["--data", arrays, "--image-size", "16", "--amp", "off"]
-    short = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8"]
+    flags = ["--data", arrays, "--amp", "off"]
+    short = ["--image-size", "16", "--epochs", "2", "--warmup-epochs", "1", "--batch-size", "8"]
     short += ["--labels-per-class", "4"]
     init, out = ["--init", str(tmp_path / "beit.pth")], ["--out", str(tmp_path / "cls")]
     finetune_cls.main([*flags, *short, *init, *out])

@@ -107,6 +107,7 @@ def test_first_lines_of_the_tokenizer_count_its_tokens(arrays, tmp_path, capsys)
     train_tokenizer.main([*flags, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     assert "16 x 16 pixels, 16 tokens" in printed and "training on 32 images" in printed
+    flags = short_runs.script_flags("tokenizer", arrays, tmp_path, log=())
     train_tokenizer.main([*flags, "--benchmark", "1"])
     printed = capsys.readouterr().out
     assert "training on" not in printed and "tokens" not in printed
