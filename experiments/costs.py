@@ -192,9 +192,10 @@ def as_on_a_gpu():
 
 
 def saved(stage, recipe, model, amp):
-    """Bytes that a forward pass keeps for the backward pass: (for each image, whatever the batch).
+    """Bytes at the start of the backward pass: (for each image, whatever the batch).
 
-    The second are the weights in bf16. Weights themselves do not count.
+    The first are what the forward pass has kept, and two gradients of the size of its largest
+    tensor. The second are the weights in bf16. Weights themselves do not count.
     """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages = {}
@@ -209,8 +210,9 @@ def saved(stage, recipe, model, amp):
     with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss_of(stage, recipe, model, PRIME)
     sizes = [storage.nbytes() for storage in storages.values()]
-    of_images = sum(size for size in sizes if size % PRIME == 0)
-    return np.array([of_images / PRIME, sum(sizes) - of_images])
+    of_images = [size for size in sizes if size % PRIME == 0]
+    others = sum(sizes) - sum(of_images)
+    return np.array([(sum(of_images) + 2 * max(of_images)) / PRIME, others])
 
 
 def activations(stage, recipe, gpu=True, amp=True):
