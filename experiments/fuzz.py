@@ -1107,7 +1107,7 @@ def judge(bench, case, result, before):
     if (bench.folder / "started").exists():
         found.append(("program started", (bench.folder / "started").read_text().split()[0]))
         (bench.folder / "started").unlink()
-    mine = case.out and status == 0
+    mine = case.out and status != 2  # what is refused must change nothing
     for path, state in before.items():
         if (mine and path.startswith(case.out)) or os.path.basename(path) in ("lock", "started"):
             continue
@@ -1134,12 +1134,11 @@ def make_case(bench, seed, number, kinds):
     return kind, KINDS[kind](bench, rng, folder)
 
 
-def try_case(bench, seed, number, kinds):
-    """Run a case; return (kind, Case, Result, findings). Its folder stays."""
-    kind, case = make_case(bench, seed, number, kinds)
+def run_case(bench, case):
+    """Run a case: (Result, findings). Its folder stays."""
     before = snapshot(bench.folder)
     result = bench.run(case.program, case.flags, case)
-    return kind, case, result, judge(bench, case, result, before)
+    return result, judge(bench, case, result, before)
 
 
 def usable_kinds(bench):
@@ -1262,7 +1261,8 @@ def main(argv=None):
         end, number = time.monotonic() + 60 * args.minutes, args.case or 0
         while number == args.case or (args.case is None and time.monotonic() < end):
             bench.run = forks.run_fresh if number % FRESH == FRESH - 1 else forks.run
-            kind, case, result, findings = try_case(bench, args.seed, number, kinds)
+            kind, case = make_case(bench, args.seed, number, kinds)
+            result, findings = run_case(bench, case)
             tried[kind][result.status] += 1
             counts = found.setdefault(kind, collections.Counter())
             counts.update(name for name, _ in findings)

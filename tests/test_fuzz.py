@@ -16,7 +16,7 @@ import pytest
 from experiments import fuzz
 from plumbing import checkpoints, command_line
 
-SEED, CASES = 0, 40  # cases of each kind
+SEED, CASES = 0, 60  # cases of each kind, of which not all run here
 CPU, WALL = 15, 120  # seconds that no case may take: computing, and waiting on a busy machine
 
 
@@ -83,8 +83,12 @@ def test_damage_ends_with_one_line_or_does_no_harm(kind, bench):
         pytest.skip("needs Pillow")
     found = []
     for number in range(CASES):
-        _, case, result, findings = fuzz.try_case(bench, SEED, number, [kind])
-        if findings and not case.file_size:
+        _, case = fuzz.make_case(bench, SEED, number, [kind])
+        slow = case.expect != fuzz.REFUSE and number % 6  # it trains, most of the time
+        if slow or case.file_size:
+            continue
+        result, findings = fuzz.run_case(bench, case)
+        if findings:
             found.append((number, findings, case.what, case.program, case.flags, result.stderr))
     assert not found, "\n".join(map(ascii, found))
 
