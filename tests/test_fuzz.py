@@ -16,7 +16,17 @@ import pytest
 from experiments import fuzz
 from plumbing import checkpoints, command_line
 
-SEED, CASES = 0, 60  # cases of each kind, of which not all run here
+SEED = 0
+CASES = {  # of each kind; those that would train are mostly left out
+    "flags": 60,
+    "arrays": 40,
+    "images": 30,
+    "masks": 12,
+    "checkpoints": 30,
+    "weights": 40,
+    "logs": 20,
+    "outputs": 20,
+}
 CPU, WALL = 15, 120  # seconds that no case may take: computing, and waiting on a busy machine
 
 
@@ -77,12 +87,12 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_damage_ends_with_one_line_or_does_no_harm(kind, bench):
+def test_damage_is_refused_in_one_line_or_harmless(kind, bench):
     """No traceback, hang or lost file; nonsense is refused, what is harmless is accepted."""
     if kind not in fuzz.usable_kinds(bench):
         pytest.skip("needs Pillow")
     found = []
-    for number in range(CASES):
+    for number in range(CASES[kind]):
         _, case = fuzz.make_case(bench, SEED, number, [kind])
         slow = case.expect != fuzz.REFUSE and number % 6  # it trains, most of the time
         if slow or case.file_size:
