@@ -790,7 +790,7 @@ def edit(rng, state, top=None):
         return name, "an entry more beside it", False
     if how == "delete":
         del node[key]
-        return name, "deleted", True
+        return name, "deleted", not name.startswith("config.")  # it may have a default
     if isinstance(old, torch.Tensor) and rng.random() < 0.8:
         node[key], what, nonsense = odd_tensor(rng, old)
         return name, what, nonsense
