@@ -41,7 +41,7 @@ import torch
 HERE = Path(__file__).resolve().parents[1]
 REFUSE, ACCEPT, EITHER = "must be refused", "must be accepted", "may be either"
 STOPPED = 75  # exit status of a run that a signal stopped
-SECONDS, MEMORY = 120, 8 << 30  # limits of a case
+SECONDS, MEMORY = 60, 8 << 30  # limits of a case
 FRESH = 40  # in the long run one case in so many gets an interpreter of its own
 
 PROGRAMS = {  # name: what to run, here or in older versions
@@ -1204,10 +1204,10 @@ class Forks:
         return Result(status, *said)
 
     def run_fresh(self, program, flags, case):
-        """The same in an interpreter of its own, without the limits of memory and files."""
+        """The same in an interpreter of its own, without limits unless the case needs one."""
         command = [sys.executable, *self.command(program, flags)[1:]]
         environment = self.environment | {"PYTHONPATH": str(self.code)} | case.environment
-        if case.environment:  # it would not start
+        if case.environment or case.file_size:
             return self.run(program, flags, case)
         try:
             done = subprocess.run(
@@ -1263,6 +1263,7 @@ def main(argv=None):
         forks = Forks(root / "bench", args.code.resolve())
         bench = Bench(root / "bench", forks.run, forks.programs)
         bench.build()
+        shutil.copytree(bench.good, root / "good")
         kinds = args.kinds or usable_kinds(bench)
         tried, found = collections.defaultdict(collections.Counter), {}
         end, number = time.monotonic() + 60 * args.minutes, args.case or 0
@@ -1273,6 +1274,9 @@ def main(argv=None):
             tried[kind][result.status] += 1
             counts = found.setdefault(kind, collections.Counter())
             counts.update(name for name, _ in findings)
+            if any(name.startswith("file ") for name, _ in findings):
+                shutil.rmtree(bench.good)  # a later case must not find what this one spoiled
+                shutil.copytree(root / "good", bench.good)
             if findings or args.case is not None:
                 show(forks, args.seed, number, kind, case, result, findings)
             if args.case is None:
