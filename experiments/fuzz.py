@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import types
+import unittest.mock
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -218,9 +219,9 @@ def save_dalle(folder, model):
                     new._parameters, new._modules = {}, {}
                 node = node._modules[child]
             node._parameters[{"weight": "w", "bias": "b"}.get(leaf, leaf)] = tensor
-        sys.modules[module.__name__] = module
-        torch.save(root, folder / f"{part}.pkl")
-        del sys.modules[module.__name__]
+        package = {"dall_e": types.ModuleType("dall_e"), module.__name__: module}
+        with unittest.mock.patch.dict(sys.modules, package):
+            torch.save(root, folder / f"{part}.pkl")
 
 
 def help_flags(text):
