@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from plumbing.log import duration
+
 
 def matmul_rate(device, autocast, repeats=9):
     """FLOP/s of large matrix products in autocast's precision: the median of `repeats`."""
@@ -122,10 +124,11 @@ class Clock:
                 self.begin("data")
                 self.seconds[phase].append(self.record)
 
-    def report(self, images):
+    def report(self, images, total):
         """Print images/s, milliseconds by part, share of the matrix-product rate, peak memory.
 
-        images: per step, of all processes.
+        The last line says how long the whole run takes, with its data but without evaluations.
+        images: per step, of all processes; total: the run's steps.
         """
         process = self.process
         memory = peak_memory(process.device) / 2**30
@@ -143,6 +146,8 @@ class Clock:
             print(f"    {speed / 1e9:.0f} GFLOP/s, {speed / rate:.0%} of the {rate / 1e9:.0f} "
                   "GFLOP/s of large matrix products")  # fmt: skip
         print(f"peak memory {memory:.2f} GiB in each process")
+        world = f"{process.world} process{'es' if process.world > 1 else ''}"
+        print(f"this run: {total:,} steps, about {duration(total * step)} on {world}")
 
     def machine(self):
         """Device and precision: 'CPU with 2 threads, bfloat16'."""

@@ -158,7 +158,7 @@ class Run:
     def finish(self, evaluate, draw=None):
         """The final evaluation, the last record of the log, and pictures: draw(OUT)."""
         if self.args.benchmark:
-            self.clock.report(self.args.batch_size)
+            self.clock.report(self.args.batch_size, self.total)
             return
         values = evaluate()
         self.log.final(**values)

@@ -19,7 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import beit
 import reproduce
-from experiments import attention, baselines, benchmark, paper, report, short_runs, stages, tables
+from experiments import (
+    HERE,
+    attention,
+    baselines,
+    benchmark,
+    costs,
+    paper,
+    report,
+    scale,
+    scale_check,
+    short_runs,
+    stages,
+    tables,
+)
 from images import sources
 
 # -------------------------------------------------------- figure 2
@@ -347,3 +360,79 @@ def test_benchmarks_count_of_a_step_is_what_torch_counts():
     expected = benchmark.flop_of_step(config, 2) - 6 * left_out * 9 * 48**2
     expected -= 2 * tokens * 3 * 16**2 * 48
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+# -------------------------------------------------------- what a run costs
+
+
+def test_scale_document_is_what_its_script_makes():
+    """docs/scale.md against `python -m experiments.scale`: models or recipes may have changed."""
+    text = (HERE / "docs" / "scale.md").read_text()
+    assert text.count("<!-- end -->") == 5
+    assert scale.fill(text) == text, "run `python -m experiments.scale --document`"
+
+
+@pytest.mark.parametrize("stage", costs.STAGES)
+def test_operations_of_base_are_what_torch_counts(stage):
+    """The formula against torch's counter, forward and backward, also with --recompute."""
+    with torch.device("meta"):
+        model = costs.build(stage, "base", depth=3)
+        found = costs.operations(stage, "base", model)
+        for recompute in [False] if stage == "tokenizer" else [False, True]:
+            model.recompute = recompute
+            with FlopCounterMode(display=False) as counter:
+                costs.loss_of(stage, "base", model, 2).backward()
+            expected = found["trained"] + recompute * found["recompute"]
+            assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.02)
+        if stage == "pretraining":
+            size = costs.settings(stage, "base").token_size
+            with FlopCounterMode(display=False) as counter:
+                costs.tokenizer_of("base").encode(torch.rand(2, 3, size, size))
+            assert counter.get_total_flops() / 2 == pytest.approx(found["tokenizer"], rel=0.02)
+
+
+def test_kept_activations_of_a_block_are_those_counted_by_hand():
+    """Bytes that a block keeps for each image on a GPU, in bf16, against a sum by hand.
+
+    Of D values for each token: x and x after attention in float32, in bf16 two norms, q, k, v, the
+    weighted sums, the two branches, and the MLP's 4 D before and after GELU. And one float32
+    for each head. Recomputed: only x.
+    """
+    tokens, D, heads = 197, 768, 12
+    with costs.without_data(), costs.as_on_a_gpu():
+        model = costs.build("classification", "base", depth=3)
+        for model.recompute in (False, True):
+            three, _ = costs.saved("classification", "base", model, amp=True)
+            blocks, model.blocks = model.blocks, model.blocks[:2]
+            two, _ = costs.saved("classification", "base", model, amp=True)
+            model.blocks = blocks
+            values = 4 if model.recompute else 2 * 4 + 2 * (2 + 3 + 1 + 2 + 8)
+            of_heads = 0 if model.recompute else 4 * heads
+            assert three - two == pytest.approx(tokens * (values * D + of_heads), rel=0.002)
+
+
+def test_peak_counts_what_lives_at_once():
+    """Weights, moments, and the larger of activations and gradients; kept gradients come on top."""
+    held = {"weights": 10, "gradients": 8, "moments": 16}
+    assert costs.peak(held, 4, (3, 1), keeps_gradients=False) == 10 + 16 + 13
+    assert costs.peak(held, 4, (3, 1), keeps_gradients=True) == 10 + 16 + 13 + 8
+    assert costs.peak(held, 1, (3, 1), keeps_gradients=False) == 10 + 16 + 8
+
+
+def test_gpus_that_do_not_divide_the_batch_or_hold_one_image_are_named():
+    """Cells of the memory table: passes are added until the peak fits."""
+    cost = {"batch": 8, "held": {"weights": 0, "gradients": 0, "moments": 0}}
+    assert scale.fit(cost | {"plain": (5e9, 0)}, "plain", 1) == "40 GB"
+    assert scale.fit(cost | {"plain": (2e10, 0)}, "plain", 1) == "40 GB in 4 passes"
+    assert scale.fit(cost | {"plain": (8e10, 0)}, "plain", 1) == "does not fit"
+    assert scale.fit(cost | {"plain": (5e9, 0)}, "plain", 3) == "does not divide"
+
+
+def test_scale_check_measures_what_is_computed(monkeypatch, capsys):
+    """A row of a small step: its difference is that of the two numbers printed."""
+    monkeypatch.setattr(scale_check, "STEPS", [("classification", "base", 1, "off", False)])
+    monkeypatch.setattr(scale_check, "computed", lambda *step: 2e9)
+    monkeypatch.setattr(scale_check, "measured", slow := lambda *step: 1.6e9)
+    monkeypatch.setattr(scale_check, "in_new_process", lambda call, step: slow(*step))
+    scale_check.memory()
+    assert "| 1 | float32 | 2.00 | 1.60 | +25 % |" in capsys.readouterr().out

@@ -18,6 +18,8 @@ from experiments import (
     features,
     fuzz,
     report,
+    scale,
+    scale_check,
     short_runs,
     tables,
     torture,
@@ -168,7 +170,8 @@ def test_links_and_pictures_resolve(path):
             assert anchor in anchors(linked.read_text(encoding="utf-8")), target
 
 
-MODULES = attention, benchmark, convert, features, fuzz, published, report, torture, verify
+MODULES = (attention, benchmark, convert, features, fuzz, published, report, scale, scale_check,
+           torture, verify)  # fmt: skip
 PROGRAMS = {
     **{f"{module.__name__}.py": module for module in short_runs.MODULES.values()},
     "reproduce.py": reproduce,

@@ -185,4 +185,5 @@ def test_benchmark_times_every_part_and_writes_nothing(
         assert ("tokenizer" in times) == (stage == "beit")
         assert all(value >= 0 for value in times.values()) and times["backward"] > 0
     assert float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) > 0.05
+    assert re.search(r"\nthis run: \d+ steps, about \d+ \w+ on 1 process\n$", printed)
     assert not list(tmp_path.iterdir())
