@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing import checkpoints, signals
+from plumbing import checkpoints, processes, signals
 
 COLUMNS = ("demo", "fashion", "photos", "base", "large")
 RECOMPUTE = (
@@ -244,30 +244,45 @@ def check_mode(parser, args, evaluate_only):
         )
 
 
+def ending(error):
+    """(exit status, line to print) of a program that ends in `error`; None for a defect of ours.
+
+    An error from a loader process carries that process's traceback; its last line is the error.
+    """
+    if isinstance(error, signals.Stopped):
+        return signals.STOPPED, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return signals.INTERRUPTED, "interrupted"
+    line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
+    if isinstance(error, torch.OutOfMemoryError):  # its first two sentences: what, how much
+        line = f"{'. '.join(str(error).split('. ')[:2])}: {OUT_OF_MEMORY}"
+    elif isinstance(error, RuntimeError):
+        line = processes.failure_elsewhere(error)
+    elif not isinstance(error, (ValueError, OSError)):
+        return None
+    return (2, f"error: {line}") if line else None
+
+
 @contextlib.contextmanager
 def one_line_errors(stoppable=False):
     """Report bad input (ValueError, OSError) or a full GPU in one line with exit status 2.
 
     stoppable: catch SIGTERM and SIGINT; a run that raises signals.Stopped ends with status 75.
-    `python -X dev SCRIPT` shows where an error was raised. An error from a loader process carries
-    that process's traceback; its last line is the error.
+    `python -X dev SCRIPT` shows where an error was raised.
     """
     status = 0
     if stoppable:
         signals.catch()
     try:
         yield
-    except signals.Stopped as stopped:
-        print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
-        status = signals.STOPPED
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if sys.flags.dev_mode:
+    except BaseException as error:
+        status, line = ending(error) or (1, repr(error))
+        processes.announce(line.removeprefix("error: "))
+        if status == 1 or status == 2 and sys.flags.dev_mode:
             raise
-        line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-        if isinstance(error, torch.OutOfMemoryError):  # its first two sentences: what, how much
-            line = f"{'. '.join(str(error).split('. ')[:2])}: {OUT_OF_MEMORY}"
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        status = 2
+        if status != 2:
+            signals.ignore()  # it is ending already
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     finally:
         joined = dist.is_initialized()
         if joined:
