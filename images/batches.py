@@ -122,12 +122,10 @@ class Loader(DataLoader):
             if self.num_workers and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from made
-        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+        except Exception as error:
+            signals.kill_children()
             if not self.num_workers or not lost_a_process(error):
                 raise
-            # The others may wait for a lock that it held, and they ignore SIGTERM: the program,
-            # which waits for them when it ends, would never end.
-            signals.kill_children()
             raise ValueError(
                 "a loader process was killed, perhaps because the memory was full: "
                 "use fewer --workers"
@@ -138,7 +136,8 @@ def lost_a_process(error):
     """Does an error in the loop of a DataLoader mean that one of its processes has died?"""
     if "in DataLoader worker process" in str(error):  # the dataset raised it there
         return False
-    return not isinstance(error, RuntimeError) or "exited unexpectedly" in str(error)
+    fetching = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+    return fetching or isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
 
 
 def share_of_cores():

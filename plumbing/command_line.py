@@ -277,6 +277,7 @@ def one_line_errors(stoppable=False):
         yield
     except BaseException as error:
         status, line = ending(error) or (1, repr(error))
+        signals.kill_children()
         processes.announce(line.removeprefix("error: "))
         if status == 1 or status == 2 and sys.flags.dev_mode:
             raise

@@ -56,7 +56,11 @@ def handle(number, frame):
 
 
 def kill_children():
-    """Kill the processes that this one started: loader processes."""
+    """Kill the loader processes.
+
+    They ignore SIGTERM, and after an error they may not be told to end, or wait for a lock of one
+    that was killed: a program that waits for them when it ends would never end.
+    """
     for process in multiprocessing.active_children():
         process.kill()
 

@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import dataloader
 
 import reproduce
-from experiments import paper, short_runs, stages
-from images import batches, convert, downloads, shapes, views
-from plumbing import checkpoints, command_line, log, processes, schedules, signals
+from experiments import paper, stages
+from images import batches, convert, downloads, views
+from plumbing import checkpoints, command_line, log, processes, signals
 
 FORK = multiprocessing.get_context("fork")
 
@@ -26,7 +26,8 @@ class Program:
 
     def __init__(self, path, function, *args, **environment):
         self.path = path
-        self.process = FORK.Process(target=self.run, args=(function, args, environment))
+        args = function, args, environment
+        self.process = FORK.Process(target=self.run, args=args, daemon=True)
         self.process.start()
 
     def run(self, function, args, environment):
@@ -62,8 +63,9 @@ class Deadly(views.Samples):
 
     def __getitems__(self, keys):
         if keys == [1]:
+            time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
-        return torch.tensor(keys)
+        return keys
 
 
 def test_killed_loader_process_is_an_error_of_the_loop_alone(monkeypatch):
@@ -72,10 +74,11 @@ def test_killed_loader_process_is_an_error_of_the_loop_alone(monkeypatch):
     monkeypatch.setattr(torch_looks, "__defaults__", (0.2,))  # instead of every 5 seconds
     seen = []
     with pytest.raises(ValueError, match="a loader process was killed, .*: use fewer --workers"):
-        for batch in batches.loader(Deadly(shapes.shapes("val"), True, 0), [[0], [1], [2]], 1):
-            time.sleep(0.3)  # a save, say
-            seen.append(batch.tolist())
-    assert seen == [[0]] and not multiprocessing.active_children()
+        for batch in batches.loader(Deadly([], True, 0), [[0], [1], [2]], 1):
+            time.sleep(0.4)  # a save, say
+            seen.append(batch)
+    assert seen == [[0]]
+    wait_until(lambda: not multiprocessing.active_children())
 
 
 def test_errors_of_a_dataset_in_a_loader_process_stay_what_they_are():
@@ -88,7 +91,8 @@ def test_errors_of_a_dataset_in_a_loader_process_stay_what_they_are():
     for error in (RuntimeError("exited unexpectedly"), FileNotFoundError("gone"), KeyError("k")):
         for count in (0, 1):
             with pytest.raises(type(error)):
-                list(batches.loader(Broken(shapes.shapes("val"), True, 0), [[error]], count))
+                list(batches.loader(Broken([], True, 0), [[error]], count))
+    wait_until(lambda: not multiprocessing.active_children())  # else the program would wait
 
 
 def test_only_what_the_file_raised_is_a_disk_error(tmp_path, monkeypatch):
@@ -96,11 +100,10 @@ def test_only_what_the_file_raised_is_a_disk_error(tmp_path, monkeypatch):
     model = torch.nn.Linear(1, 1)
     model.config = processes.Process()
     monkeypatch.setattr(checkpoints, "asdict", lambda config: {})
-    optimizer, scaler = torch.optim.SGD(model.parameters()), processes.Process().scaler
 
     def save(error):
         monkeypatch.setattr(torch, "save", error)
-        checkpoints.save(tmp_path, "toy", type("Args", (), {})(), 1, model, optimizer, scaler)
+        checkpoints.save(tmp_path, "toy", type("Args", (), {})(), 1, model, model, model)
 
     def full(state, file):
         try:
@@ -157,20 +160,39 @@ def test_waiting_for_anothers_download_ends_on_a_signal(tmp_path):
     assert (tmp_path / "a.part").read_bytes() == b"so far"
 
 
-def test_reproduce_waits_for_its_stage_to_save(arrays, tmp_path, monkeypatch):
-    """SIGINT to reproduce.py alone: the stage saves and stops, then one line and status 75."""
-    flags = short_runs.script_flags("tokenizer", arrays, tmp_path)
-    flags += ["--steps", "100000", "--save-every", "100000"]
-    experiment = {"summary": lambda runner: runner.stage("t", "train_tokenizer.py", *flags)}
+STAGE = """  # in place of a script: it needs some time to save
+import pathlib, signal, sys, time
+
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+
+def stop(*_):
+    (out / "saving").touch()
+    time.sleep({seconds})
+    (out / "saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, stop)
+(out / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("seconds, presses", [(0.5, 1), (60, 2)], ids=["once", "twice"])
+def test_reproduce_waits_for_its_stage_to_save(seconds, presses, tmp_path, monkeypatch):
+    """SIGINT to reproduce.py alone: it waits, one line, status 75; a second one waits no more."""
+    (tmp_path / "train_tokenizer.py").write_text(STAGE.format(seconds=seconds))
+    monkeypatch.setattr(stages, "HERE", tmp_path)
+    experiment = {"summary": lambda runner: runner.stage("t", "train_tokenizer.py")}
     monkeypatch.setattr(paper, "EXPERIMENTS", experiment)
     program = Program(tmp_path / "said", reproduce.main, ["--out", str(tmp_path / "out")])
-    wait_until(lambda: any(b"step 1/" in p.read_bytes() for p in tmp_path.glob("out/*.log")))
-    program.signal(signal.SIGINT)
+    for sign in ("ready", "saving")[:presses]:
+        wait_until(lambda: list(tmp_path.glob(f"out/*/{sign}")))
+        program.signal(signal.SIGINT)
     status, said = program.end()
     assert status == signals.STOPPED and len(said) == 1
     assert said[0].endswith("stopped; continue with --resume")
-    (newest,) = tmp_path.glob("out/*/checkpoint.pt")
-    assert checkpoints.load(newest, "tokenizer")["step"] > 0
+    assert len(list(tmp_path.glob("out/*/saved"))) == (presses == 1)
 
 
 # -------------------------------------------------------- torchrun's processes
