@@ -26,7 +26,7 @@ from pathlib import Path
 
 from experiments import HERE
 from experiments.machine import MALLOC
-from plumbing import checkpoints, command_line, log
+from plumbing import checkpoints, command_line, log, signals
 
 # seconds of a stage on two CPU cores, for scripts without any recorded stage
 SECONDS = {
@@ -100,7 +100,7 @@ class Stage:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
         step, steps = last_step(self.log) or (0, 1)
         self.resumed_at = min(step / steps, 0.99) if resumed else 0.0
-        self.started = time.time()
+        self.started = time.monotonic()
 
     @property
     def running(self):
@@ -141,7 +141,7 @@ class Progress:
         """recorded: {stage's name without digest: seconds}. jobs: stages side by side."""
         self.recorded, self.jobs = recorded, jobs
         self.groups = []  # one after another; the stages of a group run side by side
-        self.start, self.lock = time.time(), threading.RLock()
+        self.start, self.lock = time.monotonic(), threading.RLock()
         self.terminal, self.ended = sys.stdout.isatty(), threading.Event()
 
     @property
@@ -216,7 +216,7 @@ class Progress:
 
     def seconds_left(self, now=None):
         """Estimate of the seconds until every stage of the plan has ended."""
-        now = now or time.time()
+        now = time.monotonic() if now is None else now
         ratios = {alone: self.ratio(alone, now) for alone in (True, False)}
         total = 0.0
         for group in self.groups:
@@ -229,7 +229,7 @@ class Progress:
 
     def head(self):
         """'4m11s  [3/16]  about 2 min left': elapsed time, stages that have ended, estimate."""
-        elapsed, (ended, total) = int(time.time() - self.start), self.counts()
+        elapsed, (ended, total) = int(time.monotonic() - self.start), self.counts()
         left = f"about {duration(self.seconds_left())} left" if ended < total else "stages done"
         return f"{elapsed // 60:3d}m{elapsed % 60:02d}s  [{ended}/{total}]  {left}"
 
@@ -258,7 +258,7 @@ class Progress:
 
     def open(self):
         """Say how much there is to do, and start to update the line if there is a terminal."""
-        total, self.start = len(self.stages), time.time()
+        total, self.start = len(self.stages), time.monotonic()
         if total:
             print(f"{total} stages to run, about {duration(self.seconds_left())}", flush=True)
         if self.terminal:
@@ -337,7 +337,7 @@ class Runner:
         log_path = self.out / f"{name}.log"
         stage = self.progress.begin(name, script, log_path, not threads, resumed)
         record = self.execute(name, script, flags, threads, resumed)
-        stage.seconds = round(time.time() - stage.started, 1)
+        stage.seconds = round(time.monotonic() - stage.started, 1)
         done = {"command": shlex.join([script, *flags]), "seconds": stage.seconds}
         done |= {"resumed": resumed, "threads": threads, "result": record}
         (self.out / f"{name}.tmp").write_text(json.dumps(done) + "\n")
@@ -353,9 +353,21 @@ class Runner:
         environment = MALLOC | os.environ
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
+        with ThreadPoolExecutor(1) as starter:  # a thread, because Ctrl-C interrupts this one
+            process = starter.submit(self.start, command, output, environment).result()
+        if status := process.wait():
+            tail = "".join(output.read_text().strip().splitlines()[-1:])
+            if status == signals.STOPPED:
+                raise signals.Stopped(f"{name}: {tail.partition(': ')[2]}")
+            raise ValueError(f"stage {name} ended with status {status}: {tail} ({output})")
+        final = log.read_metrics(folder)[-1]
+        return {key: value for key, value in final.items() if key != "final"}
+
+    def start(self, command, output, environment):
+        """Start a stage's process, unless `stop` was called; output: its log. Returns it."""
         with self.lock:
             if self.stopped:
-                raise ValueError(f"stage {name} was not started: another stage failed")
+                raise ValueError(f"{output.stem} was not started: another stage failed")
             with open(self.out / "commands.txt", "a") as file:
                 file.write(shlex.join(command[1:]) + "\n")
             with open(output, "a") as file:
@@ -363,11 +375,7 @@ class Runner:
                     command, stdout=file, stderr=subprocess.STDOUT, env=environment
                 )
             self.processes.append(process)
-        if status := process.wait():
-            tail = "".join(output.read_text().strip().splitlines()[-1:])
-            raise ValueError(f"stage {name} ended with status {status}: {tail} ({output})")
-        final = log.read_metrics(folder)[-1]
-        return {key: value for key, value in final.items() if key != "final"}
+        return process
 
     def stages(self, calls):
         """Run independent stages side by side: {key: (name, script, *flags)} -> {key: record}.
@@ -391,10 +399,18 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def stop(self):
-        """Start no more stages; ask the running ones to save and stop, and wait until they have."""
+        """Start no more stages; ask the running ones to save and stop, and wait until they have.
+
+        Ctrl-C while it waits kills them.
+        """
         with self.lock:
             self.stopped = True
             for process in self.processes:
                 process.terminate()
-        for process in self.processes:
-            process.wait()
+        try:
+            for process in self.processes:
+                process.wait()
+        except KeyboardInterrupt:
+            for process in self.processes:
+                process.kill()
+            raise

@@ -178,11 +178,14 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch turns an OSError of the file into RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        # torch hides an OSError of the file behind a RuntimeError; any other is no disk error.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise ValueError(
-            f"cannot write the checkpoint of step {step} to {out} ({reason}): make room; "
+            f"cannot write the checkpoint of step {step} to {out} ({cause.strerror}): make room; "
             "the checkpoint before it is unchanged"
         ) from error
     if newest.exists() and newest not in DAMAGED:

@@ -26,7 +26,7 @@ class Log:
     def __init__(self, out, rank, steps, first_step=0):
         self.steps, self.rank = steps, rank
         self.path = out / "metrics.jsonl" if out else None
-        self.start, self.first_step = time.time(), first_step
+        self.start, self.first_step = time.monotonic(), first_step
         if rank == 0 and self.path and self.path.exists():
             kept = [m for m in read_metrics(out) if m.get("step", math.inf) <= first_step]
             temporary = out / "metrics.tmp"
@@ -48,7 +48,7 @@ class Log:
         """
         if self.rank or not self.path:
             return
-        elapsed = time.time() - self.start
+        elapsed = max(time.monotonic() - self.start, 1e-9)
         done = step - self.first_step
         rate, left = images * done / elapsed, elapsed / done * (self.steps - step)
         speed = {"images_per_second": round(rate, 1), "seconds": round(elapsed, 1)}
