@@ -40,7 +40,7 @@ from beit import STD, Beit, BeitConfig, init_weight, load_backbone, model_config
 from dvae import load_tokenizer
 from images import batches, patches, sets, views
 from plumbing import advice, command_line, log, noise, pictures, processes, published
-from plumbing import schedules, weights
+from plumbing import checkpoints, schedules, weights
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
@@ -268,8 +268,8 @@ def build(args, tokenizer, predicts):
             raise ValueError(f"--{name} {getattr(args, name)!r} is none of {', '.join(known)}")
     init, changes = None, {"image_size": args.image_size, "drop_path": args.drop_path}
     if args.init:
-        kinds = KIND, "classification", "segmentation"
-        init = published.load_pretrained(args.init, *kinds, normalise=args.normalise)
+        path, kinds = checkpoints.start_of(args), (KIND, "classification", "segmentation")
+        init = published.load_pretrained(path, *kinds, normalise=args.normalise)
         published.note_size(init, args.image_size)
         config = replace(BeitConfig(**init["config"]), **changes)
     else:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dvae import DVAEConfig, build, load_tokenizer
 from images import batches, sets, views
-from plumbing import advice, command_line, log, noise, pictures, processes, schedules
+from plumbing import advice, checkpoints, command_line, log, noise, pictures, processes, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
@@ -114,7 +114,7 @@ def build_model(args):
     """
     names = DVAEConfig.__dataclass_fields__
     if args.init:
-        model = load_tokenizer(args.init).requires_grad_(True).train()
+        model = load_tokenizer(checkpoints.start_of(args)).requires_grad_(True).train()
         log.note(f"--init {args.init}: its weights, and its sizes in place of the recipe's")
         vars(args).update({name: getattr(model.config, name) for name in names})
     else:

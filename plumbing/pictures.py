@@ -200,7 +200,9 @@ def loss_curve(out):
     The held-out loss is `mim_loss`, which only pretrain.py records.
     """
     records = [record for record in log.read_metrics(out) if "step" in record]
-    training = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    held_out = [(record["step"], record["mim_loss"]) for record in records if "mim_loss" in record]
+    training, held_out = (
+        [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        for name in ("loss", "mim_loss")
+    )
     points = {"training": training, "held out": held_out} if held_out else training
     Path(out, "loss.svg").write_text(svg_curve(points, "Training loss", "step", "loss"))
