@@ -24,8 +24,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import HERE
+from experiments import HERE, tables
 from experiments.machine import MALLOC
+from images import sets, sources
 from plumbing import checkpoints, command_line, log
 
 # seconds of a stage on two CPU cores, for scripts without any recorded stage
@@ -35,6 +36,7 @@ SECONDS = {
     "finetune_cls.py": 25.0,
     "finetune_seg.py": 15.0,
 }
+DRAWN = "shapes"  # the data set that no file holds
 TRUSTED = 0.1  # share of a running stage's steps from which its speed counts in the estimate
 
 
@@ -272,6 +274,14 @@ class Progress:
             self.ended.set()
 
 
+class Result(dict):
+    """What a stage reported, {name: number}, and its checkpoint."""
+
+    def __missing__(self, name):
+        stage = Path(self["checkpoint"]).parent
+        raise ValueError(f"{stage}.json has no {name}: remove it to run the stage")
+
+
 class Runner:
     """Runs stages as processes, up to `jobs` side by side, and returns what they reported.
 
@@ -287,12 +297,45 @@ class Runner:
         self.processes, self.stopped, self.lock = [], False, threading.Lock()
 
     def __enter__(self):
+        self.check_started()
         self.progress.open()
         return self
 
     def __exit__(self, *_):
         self.stop()
         self.progress.close()
+
+    def check_started(self):
+        """Check that OUT was started with this recipe, these settings and this data; note them.
+
+        They are in OUT/results.json. Raises ValueError naming what differs.
+        """
+        now = {"recipe": self.recipe, "settings": self.settings, "data": self.fingerprints()}
+        now, saved = json.loads(json.dumps(now)), tables.read_results(self.out)
+        for part, value in now.items():
+            then = saved.get(part, value)
+            pairs = {part: (then, value)}
+            if isinstance(value, dict):
+                then = then if isinstance(then, dict) else {}
+                pairs = {f"{part}: {name}": (then.get(name), value[name]) for name in value}
+            for name, (before, today) in pairs.items():
+                if before != today:
+                    raise ValueError(
+                        f"--resume: {name} changed since {self.out} was started: "
+                        f"{str(before)[:80]} then, {str(today)[:80]} now: choose another --out"
+                    )
+        self.out.mkdir(parents=True, exist_ok=True)
+        tables.write_results(self.out, saved | now)
+
+    def fingerprints(self):
+        """{"SET SPLIT WHAT": value} of the data sets that are read from files."""
+        found = {}
+        for name in sorted({self.settings["data"], self.settings["scenes"]} - {DRAWN}):
+            for split in ("train", "test"):
+                source = sets.open_source(name, split, self.data_dir)
+                for what, value in sources.fingerprint(source).items():
+                    found[f"{what} of {name} {split}"] = value
+        return found
 
     def plan(self, experiments):
         """Call the experiments without running anything, to know which stages there are."""
@@ -320,7 +363,7 @@ class Runner:
             return collections.defaultdict(float, checkpoint=checkpoint)
         else:
             self.run(name, script, flags, threads)
-        return json.loads(done.read_text())["result"] | {"checkpoint": checkpoint}
+        return Result(tables.read_stage(done)["result"], checkpoint=checkpoint)
 
     def digest(self, script, flags):
         """Eight letters for all settings: the recipe, and flags with the stages they name."""
@@ -364,7 +407,7 @@ class Runner:
                 )
             self.processes.append(process)
         if status := process.wait():
-            tail = "".join(output.read_text().strip().splitlines()[-1:])
+            tail = "".join(output.read_text(errors="replace").strip().splitlines()[-1:])
             raise ValueError(f"stage {name} ended with status {status}: {tail} ({output})")
         final = log.read_metrics(folder)[-1]
         return {key: value for key, value in final.items() if key != "final"}

@@ -180,6 +180,7 @@ def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_pa
         shutil.copytree(made / stage, tmp_path / f"{name}-00000000")
         command = [short_runs.SCRIPTS[stage][0], *short_runs.script_flags(stage, arrays, made)]
         record = {"command": shlex.join(command), "seconds": 1.0, "threads": 1, "resumed": False}
+        record["result"] = {}
         (tmp_path / f"{name}-00000000.json").write_text(json.dumps(record))
     table = {"title": "Summary", "columns": ["", "top-1"], "rows": [["<BEiT>", 12.5]]}
     tables.save_results(types.SimpleNamespace(out=tmp_path, recipe="demo"), {"summary": table})
