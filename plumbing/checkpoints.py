@@ -233,7 +233,7 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
         if hasattr(module, "state_dict"):
             shapes = weights.shapes_of(module.state_dict())
             weights.check_shapes(path, state.get(name, {}), shapes, name)
-    entries.check_optimizer(path, state["optimizer"], optimizer)
+    entries.check_optimizer(path, state["optimizer"], optimizer, state["step"])
     entries.check_scaler(path, state["scaler"], scaler)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -263,15 +263,15 @@ def check_unchanged(out, args, saved, extra):
     it were started now. Raises ValueError naming what of its data, its tokenizer, --init or its
     other entries has changed.
     """
-    before, now = saved.get("data", extra["data"]), extra["data"]
-    for name, value in now.items():
-        if before.get(name) != value:
-            then, today = (str(found)[:80] for found in (before.get(name), value))
+    before, now = saved.get("data", {}), extra["data"]
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            then, today = (str(found.get(name))[:80] for found in (before, now))
             raise ValueError(
                 f"--resume: the {name} of the training data changed since {out} was started: "
                 f"{then} then, {today} now"
             )
-    if saved.get("predicts", extra.get("predicts")) != extra.get("predicts"):
+    if saved.get("predicts") != extra.get("predicts"):
         raise ValueError(f"--resume: {out} was started with another tokenizer of the same path")
     if extra.get("init") not in (None, saved.get("init", extra.get("init"))):
         raise ValueError(
@@ -305,9 +305,21 @@ def start_of(args):
 
 
 def arguments(out, parser):
-    """The command line, {flag: value}, of the run in the folder OUT; None without a checkpoint."""
+    """The command line, {flag: value}, of the run in the folder OUT; None without a checkpoint.
+
+    parser: that of the command line. Raises ValueError naming a flag that is needed but missing.
+    """
     found = (arguments_of(Path(out) / name, parser) for name in CHECKPOINTS)
-    return next((saved for saved in found if saved), None)
+    saved = next((saved for saved in found if saved), None)
+    for action in parser._actions if saved else ():
+        if action.required and saved.get(action.dest) is None and saved.keys() <= flags_of(parser):
+            raise ValueError(f"--resume: the checkpoint in {out} has no value of --{action.dest}")
+    return saved
+
+
+def flags_of(parser):
+    """The names of a parser's flags, as they stand in a checkpoint's arguments."""
+    return {action.dest for action in parser._actions}
 
 
 def arguments_of(path, parser):

@@ -17,6 +17,7 @@ KINDS = "tokenizer", "pretraining", "classification", "segmentation"
 LARGEST = 2**24  # no size of a model is larger, and no product of them overflows
 LAYERS, MOST_LAYERS = ("depth", "groups", "blocks_per_group"), 1000
 LONGEST = 2**53  # no run has more steps
+SKIPPED = 10  # steps in a row without a finite gradient that end a run: see run.FiniteSteps
 
 
 def shown(value):
@@ -59,15 +60,30 @@ def is_plain_dict(value):
     return type(value) is dict and all(type(k) is str and is_plain(v) for k, v in value.items())
 
 
-def is_fingerprint(value):
-    """Is it what images.sources.fingerprint returns?"""
-    parts = value.items() if type(value) is dict else [(None, None)]
-    return all(type(k) is str and (is_count(v) or is_names(v) or type(v) is str) for k, v in parts)
-
-
 def is_digest(value):
     """Is it a digest of sixteen hexadecimal digits?"""
     return type(value) is str and bool(re.fullmatch("[0-9a-f]{16}", value))
+
+
+def is_fingerprint(value):
+    """Is it what images.sources.fingerprint returns: a number, names and digests?"""
+    known = {"number of images": is_count, "class names": is_names}
+    return type(value) is dict and all(
+        type(name) is str and (name in known or name.endswith(" (digest)"))
+        and known.get(name, is_digest)(part) for name, part in value.items()
+    )  # fmt: skip
+
+
+def has_keys(value, *names):
+    """Is it a dict with exactly these keys?"""
+    return type(value) is dict and value.keys() == {*names}
+
+
+def is_scaler(value):
+    """Is it the state of a loss scale, or empty without one?"""
+    names = "scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"
+    right = value == {} or has_keys(value, *names)
+    return right and all(is_number(part) and part >= 0 for part in value.values())
 
 
 # -------------------------------------------------------- the entries
@@ -81,26 +97,29 @@ ENTRIES = {
     "model": (KINDS, "a state dict", lambda value: isinstance(value, dict)),
     "average": ([KINDS[0]], "a state dict", lambda value: isinstance(value, dict)),
     "step": (KINDS, "a number of steps", is_count),
-    "optimizer": (KINDS, "a dict", lambda value: type(value) is dict),
-    "scaler": (KINDS, "a dict of numbers", is_plain_dict),
+    "optimizer": (
+        KINDS, "an optimiser's", lambda value: has_keys(value, "state", "param_groups")
+    ),
+    "scaler": (KINDS, "a loss scale's", is_scaler),
     "arguments": (KINDS, "a dict of flags", is_plain_dict),
-    "torch": (KINDS, "torch's version", lambda value: type(value) is str),
+    "torch": (
+        KINDS, "torch's version",
+        lambda value: type(value) is str and bool(re.match(r"\d+\.\d+", value)),
+    ),
     "data": ([*KINDS], "the training data's fingerprint", is_fingerprint),
     "init": ([*KINDS], "a digest", is_digest),
     "normalise": (TRAINED, "half or imagenet", lambda value: is_one(value, "half", "imagenet")),
     "predicts": (
-        ["pretraining"],
-        "a digest or pixels",
+        ["pretraining"], "a digest or pixels",
         lambda value: is_digest(value) or is_one(value, "pixels", "normalised-pixels"),
     ),
     "classes": (("classification", "segmentation"), "a list of names", is_names),
     "layer": (
-        ("classification",),
-        "None or a layer's number",
+        ("classification",), "None or a layer's number",
         lambda value: value is None or is_count(value, 1, LARGEST),
     ),
     "decoder_dim": (("segmentation",), "a width", lambda value: is_count(value, 1, LARGEST)),
-}
+}  # fmt: skip
 
 
 def check(path, state, *kinds):
@@ -180,15 +199,14 @@ def is_value(action, value):
 # -------------------------------------------------------- against a model and its optimiser
 
 
-def check_optimizer(path, saved, optimizer):
-    """Check a saved optimiser, an AdamW, against that of the model.
+def check_optimizer(path, saved, optimizer, steps):
+    """Check an optimiser, an AdamW, saved after `steps` steps against that of the model.
 
     The groups have the same entries and parameters; a parameter has its moments, of its own
     shape and finite, and a count of steps, or nothing before the first step.
     """
     own = optimizer.state_dict()
-    right = saved.keys() == own.keys() and type(saved["state"]) is dict
-    right = right and type(saved["param_groups"]) is list
+    right = type(saved["state"]) is dict and type(saved["param_groups"]) is list
     if not right or len(saved["param_groups"]) != len(own["param_groups"]):
         raise ValueError(f"{path} does not fit: optimizer is not that of this model")
     for group, wanted in zip(saved["param_groups"], own["param_groups"]):
@@ -199,10 +217,10 @@ def check_optimizer(path, saved, optimizer):
                 raise ValueError(f"{path}: optimizer: {name} is {shown(group[name])}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     trained = {index for index, p in enumerate(parameters) if p.requires_grad}
-    if saved["state"] and saved["state"].keys() != trained:
+    if saved["state"].keys() != trained and (saved["state"] or steps >= SKIPPED):
         raise ValueError(f"{path} does not fit: optimizer: state is not that of each parameter")
     for index, moments in saved["state"].items():
-        check_moments(path, moments, parameters[index])
+        check_moments(path, moments, parameters[index], steps)
 
 
 def is_group_value(name, value, wanted):
@@ -219,7 +237,7 @@ def is_same(value, wanted):
     return type(value) is type(wanted) and is_plain(value) and value == wanted
 
 
-def check_moments(path, moments, parameter):
+def check_moments(path, moments, parameter, steps):
     """Check AdamW's state of one parameter: step, exp_avg and exp_avg_sq."""
     shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     weights.check_state(path, moments, "optimizer")
@@ -227,10 +245,11 @@ def check_moments(path, moments, parameter):
     for name, value in moments.items():
         if value.dtype != torch.float32 or name != "exp_avg" and value.numel() and value.min() < 0:
             raise ValueError(f"{path}: optimizer: {name} has impossible values")
+    if moments["step"] > steps:
+        raise ValueError(f"{path}: step is {steps}, but its optimizer made {moments['step']:g}")
 
 
 def check_scaler(path, saved, scaler):
     """Check the saved state of fp16's loss scale against that of this run: the same entries."""
-    own = scaler.state_dict()
-    if saved.keys() != own.keys() or not all(is_number(v) and v >= 0 for v in saved.values()):
+    if saved.keys() != scaler.state_dict().keys():
         raise ValueError(f"{path} does not fit: scaler is not that of this run's --amp")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from plumbing import checkpoints, pictures, processes, signals
+from plumbing import checkpoints, entries, pictures, processes, signals
 from plumbing.clock import Clock
 from plumbing.log import Estimate, Log, note
 
@@ -197,7 +197,7 @@ class FiniteSteps:
     its last step, first = last - 1, must not skip it.
     """
 
-    LIMIT = 10  # fp16's loss scale may need a few at the start, and later one now and then
+    LIMIT = entries.SKIPPED  # fp16's loss scale may need a few at the start, and one now and then
 
     def __init__(self, out, first, last):
         self.out, self.skipped, self.in_a_row, self.last = out, 0, 0, last
