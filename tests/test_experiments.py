@@ -95,6 +95,39 @@ def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path):
         runner.stage(*call, "--quantizer", "none")
 
 
+def test_reproduce_is_resumed_only_with_its_own_settings_and_data(arrays, tmp_path):
+    """Another number of seeds, or other images under the same path: refused by name."""
+    data = tmp_path / "set.npz"
+    content = {name.replace("val", "test"): values for name, values in np.load(arrays).items()}
+    np.savez(data, **content)
+    settings = paper.settings("demo") | {"data": str(data)}
+
+    def start(settings):
+        with stages.Runner(tmp_path / "out", "demo", settings):
+            pass
+
+    start(settings)
+    start(settings)
+    with pytest.raises(ValueError, match="settings: seeds changed since .*: 3 then, 5 now"):
+        start(settings | {"seeds": 5})
+    np.savez(data, **content | {"test_labels": content["test_labels"][::-1]})
+    with pytest.raises(ValueError, match=r"data: labels \(digest\) of .* test changed since"):
+        start(settings)
+
+
+RESULTS = "[]", '{"tables": 1, "stages": {}}', "NaN", '{"tables": {"a": 1}'
+
+
+@pytest.mark.parametrize("text", RESULTS)
+def test_results_that_no_script_wrote_are_refused(text, tmp_path):
+    """results.json and STAGE.json: one line that names the file."""
+    for name, reader in (("results.json", tables.read_results), ("a.json", tables.finished_stages)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name) as refused:
+            reader(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
 @pytest.fixture
 def no_processes(monkeypatch):
     """Stages report at once and run nothing; the same stage has the same numbers."""

@@ -181,6 +181,35 @@ def test_unfinished_last_line_of_the_log_is_left_out(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"[]", b"1", b"garbage", b"\xff\xfe", b'{"step": NaN}', b'{"step": 1e999}', b"{}"),
+        *(b'{"step": -1}', b'{"step": true}', b'{"step": 1, "loss": "low"}', b"[" * 100_000),
+    ],
+    ids=lambda line: line[:20].decode(errors="replace"),
+)
+def test_line_of_the_log_that_is_no_record_is_refused(line, tmp_path):
+    """The message names the file and the line; the same as a lock means that nobody holds it."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: ") as refused:
+        log.Log(tmp_path, 0, 9, first_step=1)
+    assert "\n" not in str(refused.value)
+    (tmp_path / "lock").write_bytes(line)
+    assert checkpoints.read_lock(tmp_path) == {}
+
+
+def test_log_never_holds_nan(tmp_path):
+    """A loss that is not finite is null in the log; as the result it is an error."""
+    writer = log.Log(tmp_path, 0, 2)
+    writer.step(1, 8, loss=math.nan, lr=0.1)
+    (record,) = log.read_metrics(tmp_path)
+    assert record["loss"] is None and record["lr"] == 0.1
+    with pytest.raises(ValueError, match="the result is not finite, miou is nan"):
+        writer.final(miou=math.nan)
+    assert len(log.read_metrics(tmp_path)) == 1
+
+
 def test_png_can_be_read(tmp_path):
     """Pixels written by write_png against those that Pillow reads."""
     image = pytest.importorskip("PIL.Image")
