@@ -144,10 +144,17 @@ def check(path, state, *kinds):
         if name not in state and kind in owners and isinstance(owners, tuple):
             raise ValueError(f"{path} is not a checkpoint of these scripts: it has no {name}")
         if name in state and not is_right(state[name]):
-            raise ValueError(f"{path}: {name} is {shown(state[name])}, not {wanted}")
+            raise ValueError(f"{path}: {name}{fault(state[name])}, not {wanted}")
     for name in {"model", "average"} & state.keys():
         weights.check_state(path, state[name], name)
     return state
+
+
+def fault(value):
+    """' is VALUE', or of a dict its first part that is not plain: ': NAME is VALUE'."""
+    parts = value.items() if type(value) is dict else ()
+    odd = (f": {shown(k)} is {shown(v)}" for k, v in parts if not is_plain_dict({k: v}))
+    return next(odd, f" is {shown(value)}")
 
 
 def check_config(path, config, types):

@@ -253,7 +253,7 @@ EDITS = {  # what the line names: (the script, the place in its checkpoint, the 
     "classes is": ("seg", ["classes"], [0, 1]),
     "layer": ("cls", ["layer"], -1),
     "decoder": ("seg", ["decoder_dim"], 10**7),
-    "arguments is": ("cls", ["arguments", "lr"], DEEP),
+    "arguments: 'lr' is a list": ("cls", ["arguments", "lr"], DEEP),
     "arguments: batch_size": ("cls", ["arguments", "batch_size"], 8.5),
     "step is -1": ("cls", ["step"], -1),
     "step is 10000": ("cls", ["step"], 10_000),
