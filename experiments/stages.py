@@ -24,8 +24,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import HERE
+from experiments import HERE, tables
 from experiments.machine import MALLOC
+from images import sets, sources
 from plumbing import checkpoints, command_line, log, signals
 
 # seconds of a stage on two CPU cores, for scripts without any recorded stage
@@ -35,6 +36,7 @@ SECONDS = {
     "finetune_cls.py": 25.0,
     "finetune_seg.py": 15.0,
 }
+DRAWN = "shapes"  # the data set that no file holds
 TRUSTED = 0.1  # share of a running stage's steps from which its speed counts in the estimate
 
 
@@ -272,6 +274,14 @@ class Progress:
             self.ended.set()
 
 
+class Result(dict):
+    """What a stage reported, {name: number}, and its checkpoint."""
+
+    def __missing__(self, name):
+        stage = Path(self["checkpoint"]).parent
+        raise ValueError(f"{stage}.json has no {name}: remove it to run the stage")
+
+
 class Runner:
     """Runs stages as processes, up to `jobs` side by side, and returns what they reported.
 
@@ -287,12 +297,42 @@ class Runner:
         self.processes, self.stopped, self.lock = [], False, threading.Lock()
 
     def __enter__(self):
+        self.check_started()
         self.progress.open()
         return self
 
     def __exit__(self, *_):
         self.stop()
         self.progress.close()
+
+    def check_started(self):
+        """Check that OUT was started with this recipe and this data; note both in results.json.
+
+        Raises ValueError naming what differs. A stage with other settings is another stage.
+        """
+        saved = tables.read_results(self.out)
+        now = {"recipe": self.recipe, **json.loads(json.dumps(self.fingerprints()))}
+        then = {"recipe": saved.get("recipe", self.recipe), **saved.get("data", {})}
+        for name, value in now.items():
+            if then.get(name, value) != value:
+                raise ValueError(
+                    f"--resume: {name} changed since {self.out} was started: "
+                    f"{str(then[name])[:80]} then, {str(value)[:80]} now: choose another --out"
+                )
+        self.out.mkdir(parents=True, exist_ok=True)
+        recipe = now.pop("recipe")
+        data = {name: value for name, value in (then | now).items() if name != "recipe"}
+        tables.write_results(self.out, saved | {"recipe": recipe, "data": data})
+
+    def fingerprints(self):
+        """{"WHAT of SET SPLIT": value} of the data sets that are read from files."""
+        found = {}
+        for name in {self.settings["data"], self.settings["scenes"]} - {DRAWN, None}:
+            for split in ("train", "test"):
+                source = sets.open_source(name, split, self.data_dir)
+                for what, value in sources.fingerprint(source).items():
+                    found[f"{what} of {name} {split}"] = value
+        return found
 
     def plan(self, experiments):
         """Call the experiments without running anything, to know which stages there are."""
@@ -320,7 +360,7 @@ class Runner:
             return collections.defaultdict(float, checkpoint=checkpoint)
         else:
             self.run(name, script, flags, threads)
-        return json.loads(done.read_text())["result"] | {"checkpoint": checkpoint}
+        return Result(tables.read_stage(done)["result"], checkpoint=checkpoint)
 
     def digest(self, script, flags):
         """Eight letters for all settings: the recipe, and flags with the stages they name."""
@@ -356,7 +396,7 @@ class Runner:
         with ThreadPoolExecutor(1) as starter:  # a thread, because Ctrl-C interrupts this one
             process = starter.submit(self.start, command, output, environment).result()
         if status := process.wait():
-            tail = "".join(output.read_text().strip().splitlines()[-1:])
+            tail = "".join(output.read_text(errors="replace").strip().splitlines()[-1:])
             if status == signals.STOPPED:
                 raise signals.Stopped(f"{name}: {tail.partition(': ')[2]}")
             raise ValueError(f"stage {name} ended with status {status}: {tail} ({output})")

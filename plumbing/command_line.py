@@ -275,14 +275,14 @@ def remember_flags(parser, argv, size_of_init):
     if given.init and Path(given.init).is_file() and not given.resume:
         names = SIZES if (given.recipe or "demo") in size_of_init else ()
         names += EVALUATION if given.eval else ()
-        saved = checkpoints.arguments_of(given.init)
+        saved = checkpoints.arguments_of(given.init, parser)
         flags = {action.dest for action in parser._actions}
         parser.set_defaults(**{name: saved[name] for name in flags & saved.keys() & {*names}})
     if not (given.resume and given.out):
         return
     if not any((Path(given.out) / name).exists() for name in checkpoints.CHECKPOINTS):
         parser.error(f"--resume: there is no {checkpoints.CHECKPOINTS[0]} in {given.out}")
-    saved = checkpoints.arguments(given.out)
+    saved = checkpoints.arguments(given.out, parser)
     if saved is not None:
         flags = {action.dest for action in parser._actions}
         if others := sorted(saved.keys() - flags):
