@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing import checkpoints, processes, published
+from plumbing import checkpoints, entries, processes, published, weights
 
 EPSILON = 0.1  # map_pixels keeps pixels this far from 0 and 1, where logit(x) is infinite
 
@@ -409,9 +409,9 @@ def load_tokenizer(name):
     else:
         saved = checkpoints.load(name, "tokenizer")
         config, state = saved["config"], saved.get("average", saved["model"])
-    model = build(DVAEConfig(**config))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from error
+        entries.check_config(name, config, DVAEConfig.__annotations__)
+    config = DVAEConfig(**config)
+    weights.check_built(name, state, lambda: build(config))
+    model = build(config)
+    model.load_state_dict(state)
     return model.requires_grad_(False).eval()

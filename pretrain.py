@@ -39,8 +39,8 @@ import masking
 from beit import STD, Beit, BeitConfig, init_weight, load_backbone, model_config, parameter_groups
 from dvae import load_tokenizer
 from images import batches, patches, sets, views
-from plumbing import advice, command_line, log, memory, noise, pictures, processes, published
-from plumbing import schedules, weights
+from plumbing import advice, checkpoints, command_line, log, memory, noise, pictures
+from plumbing import processes, published, schedules, weights
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
@@ -261,8 +261,8 @@ def build(args, tokenizer, predicts):
     """
     init, changes = None, {"image_size": args.image_size, "drop_path": args.drop_path}
     if args.init:
-        kinds = KIND, "classification", "segmentation"
-        init = published.load_pretrained(args.init, *kinds, normalise=args.normalise)
+        path, kinds = checkpoints.start_of(args), (KIND, "classification", "segmentation")
+        init = published.load_pretrained(path, *kinds, normalise=args.normalise)
         published.note_size(init, args.image_size)
         config = replace(BeitConfig(**init["config"]), **changes)
     else:

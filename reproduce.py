@@ -21,6 +21,9 @@ import signal
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from experiments import paper, report, stages, tables
 from plumbing import command_line, signals
 
@@ -68,12 +71,9 @@ def open_folder(out, resume):
     out.mkdir(parents=True, exist_ok=True)
 
 
-def main(argv=None):
+def run(args):
     """Plan the stages, run them, print the tables and write the report."""
-    args, start = parse(argv), time.time()
-    if args.documents:
-        tables.fill_documents()
-        return
+    start = time.monotonic()
     names = [f"table {number}" for number in args.table] + ["grid 14"] * args.grid14
     names += ["budgets"] * args.budgets
     names += [f"figure {number}" for number in args.figure]
@@ -84,18 +84,28 @@ def main(argv=None):
         print("no segmentation: name a folder of images with masks as --scenes (docs/data.md)")
     runner = stages.Runner(args.out, args.recipe, settings, args.data_dir, args.jobs)
     runner.plan([paper.EXPERIMENTS[name] for name in names])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with runner:
-            for name in names:
-                table = paper.EXPERIMENTS[name](runner)
-                made = tables.save_results(runner, {name: table})["tables"]
-    except KeyboardInterrupt:
-        raise signals.Stopped("stopped; continue with --resume") from None
+    with runner:
+        for name in names:
+            table = paper.EXPERIMENTS[name](runner)
+            made = tables.save_results(runner, {name: table})["tables"]
     for name in [*names, "claims"] if names != ["summary"] else names:
         print(f"\n{made[name]['title']}\n{tables.markdown(made[name])}")
     page = report.write(args.out, args.data_dir)
-    print(f"\n{(time.time() - start) / 60:.1f} minutes. Everything on one page: {page}")
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{minutes:.1f} minutes. Everything on one page: {page}")
+
+
+def main(argv=None):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    args = parse(argv)
+    if args.documents:
+        tables.fill_documents()
+        return
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        raise signals.Stopped("stopped; continue with --resume") from None
 
 
 if __name__ == "__main__":

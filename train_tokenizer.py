@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dvae import DVAEConfig, build, load_tokenizer
 from images import batches, sets, views
-from plumbing import advice, command_line, log, memory, noise, pictures, processes, schedules
+from plumbing import advice, checkpoints, command_line, log, memory, noise, pictures
+from plumbing import processes, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
@@ -113,8 +114,8 @@ def build_model(args):
     Raises ValueError if the image size does not divide into tokens.
     """
     names = DVAEConfig.__dataclass_fields__
-    model = load_tokenizer(args.init).requires_grad_(True).train() if args.init else None
-    if model:
+    if model := args.init and load_tokenizer(checkpoints.start_of(args)):
+        model.requires_grad_(True).train()
         log.note(f"--init {args.init}: its weights, and its sizes in place of the recipe's")
         vars(args).update({name: getattr(model.config, name) for name in names})
     config = DVAEConfig(**{name: getattr(args, name) for name in names})

@@ -266,7 +266,7 @@ def main(argv=None):
     process, parts = processes.setup(args.device, args.amp), open_parts(args)
     model, kind, normalise = load_model(args.checkpoint, args.normalise)
     model.to(process.device)
-    config, start = model.config, time.time()
+    config, start = model.config, time.monotonic()
     chosen = {
         split: np.array(batches.spread(len(source), args.eval_images))
         for split, source in parts.items()
@@ -289,7 +289,7 @@ def main(argv=None):
     settings = asdict(config) | settings | {"kind": kind, "normalise": normalise}
     arrays = {"features": features, **describe(parts, chosen, labels)}
     save(args.out, arrays | {"config": json.dumps(settings)})
-    log.note(f"{args.out}: features {features.shape} in {time.time() - start:.0f} s")
+    log.note(f"{args.out}: features {features.shape} in {time.monotonic() - start:.0f} s")
     reason = reason_against_knn(parts, labels)
     if reason:
         log.note(reason)

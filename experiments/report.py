@@ -132,7 +132,7 @@ def losses(out, name, key="loss"):
     points, step = [], 0
     for record in log.read_metrics(out / name):
         step = record.get("step", step)
-        if key in record:
+        if record.get(key) is not None:
             points.append((step, record[key]))
     return points
 

@@ -24,9 +24,10 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import HERE
+from experiments import HERE, tables
 from experiments.machine import MALLOC
-from plumbing import checkpoints, command_line, log
+from images import sets, sources
+from plumbing import checkpoints, command_line, log, signals
 
 # seconds of a stage on two CPU cores, for scripts without any recorded stage
 SECONDS = {
@@ -35,6 +36,7 @@ SECONDS = {
     "finetune_cls.py": 25.0,
     "finetune_seg.py": 15.0,
 }
+DRAWN = "shapes"  # the data set that no file holds
 TRUSTED = 0.1  # share of a running stage's steps from which its speed counts in the estimate
 
 
@@ -100,7 +102,7 @@ class Stage:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
         step, steps = last_step(self.log) or (0, 1)
         self.resumed_at = min(step / steps, 0.99) if resumed else 0.0
-        self.started = time.time()
+        self.started = time.monotonic()
 
     @property
     def running(self):
@@ -141,7 +143,7 @@ class Progress:
         """recorded: {stage's name without digest: seconds}. jobs: stages side by side."""
         self.recorded, self.jobs = recorded, jobs
         self.groups = []  # one after another; the stages of a group run side by side
-        self.start, self.lock = time.time(), threading.RLock()
+        self.start, self.lock = time.monotonic(), threading.RLock()
         self.terminal, self.ended = sys.stdout.isatty(), threading.Event()
 
     @property
@@ -216,7 +218,7 @@ class Progress:
 
     def seconds_left(self, now=None):
         """Estimate of the seconds until every stage of the plan has ended."""
-        now = now or time.time()
+        now = time.monotonic() if now is None else now
         ratios = {alone: self.ratio(alone, now) for alone in (True, False)}
         total = 0.0
         for group in self.groups:
@@ -229,7 +231,7 @@ class Progress:
 
     def head(self):
         """'4m11s  [3/16]  about 2 min left': elapsed time, stages that have ended, estimate."""
-        elapsed, (ended, total) = int(time.time() - self.start), self.counts()
+        elapsed, (ended, total) = int(time.monotonic() - self.start), self.counts()
         left = f"about {duration(self.seconds_left())} left" if ended < total else "stages done"
         return f"{elapsed // 60:3d}m{elapsed % 60:02d}s  [{ended}/{total}]  {left}"
 
@@ -258,7 +260,7 @@ class Progress:
 
     def open(self):
         """Say how much there is to do, and start to update the line if there is a terminal."""
-        total, self.start = len(self.stages), time.time()
+        total, self.start = len(self.stages), time.monotonic()
         if total:
             print(f"{total} stages to run, about {duration(self.seconds_left())}", flush=True)
         if self.terminal:
@@ -270,6 +272,14 @@ class Progress:
             if self.terminal and not self.ended.is_set():
                 print("\r\033[K", end="", flush=True)
             self.ended.set()
+
+
+class Result(dict):
+    """What a stage reported, {name: number}, and its checkpoint."""
+
+    def __missing__(self, name):
+        stage = Path(self["checkpoint"]).parent
+        raise ValueError(f"{stage}.json has no {name}: remove it to run the stage")
 
 
 class Runner:
@@ -287,12 +297,42 @@ class Runner:
         self.processes, self.stopped, self.lock = [], False, threading.Lock()
 
     def __enter__(self):
+        self.check_started()
         self.progress.open()
         return self
 
     def __exit__(self, *_):
         self.stop()
         self.progress.close()
+
+    def check_started(self):
+        """Check that OUT was started with this recipe and this data; note both in results.json.
+
+        Raises ValueError naming what differs. A stage with other settings is another stage.
+        """
+        saved = tables.read_results(self.out)
+        now = {"recipe": self.recipe, **json.loads(json.dumps(self.fingerprints()))}
+        then = {"recipe": saved.get("recipe", self.recipe), **saved.get("data", {})}
+        for name, value in now.items():
+            if then.get(name, value) != value:
+                raise ValueError(
+                    f"--resume: {name} changed since {self.out} was started: "
+                    f"{str(then[name])[:80]} then, {str(value)[:80]} now: choose another --out"
+                )
+        self.out.mkdir(parents=True, exist_ok=True)
+        recipe = now.pop("recipe")
+        data = {name: value for name, value in (then | now).items() if name != "recipe"}
+        tables.write_results(self.out, saved | {"recipe": recipe, "data": data})
+
+    def fingerprints(self):
+        """{"WHAT of SET SPLIT": value} of the data sets that are read from files."""
+        found = {}
+        for name in {self.settings["data"], self.settings["scenes"]} - {DRAWN, None}:
+            for split in ("train", "test"):
+                source = sets.open_source(name, split, self.data_dir)
+                for what, value in sources.fingerprint(source).items():
+                    found[f"{what} of {name} {split}"] = value
+        return found
 
     def plan(self, experiments):
         """Call the experiments without running anything, to know which stages there are."""
@@ -320,7 +360,7 @@ class Runner:
             return collections.defaultdict(float, checkpoint=checkpoint)
         else:
             self.run(name, script, flags, threads)
-        return json.loads(done.read_text())["result"] | {"checkpoint": checkpoint}
+        return Result(tables.read_stage(done)["result"], checkpoint=checkpoint)
 
     def digest(self, script, flags):
         """Eight letters for all settings: the recipe, and flags with the stages they name."""
@@ -337,7 +377,7 @@ class Runner:
         log_path = self.out / f"{name}.log"
         stage = self.progress.begin(name, script, log_path, not threads, resumed)
         record = self.execute(name, script, flags, threads, resumed)
-        stage.seconds = round(time.time() - stage.started, 1)
+        stage.seconds = round(time.monotonic() - stage.started, 1)
         done = {"command": shlex.join([script, *flags]), "seconds": stage.seconds}
         done |= {"resumed": resumed, "threads": threads, "result": record}
         (self.out / f"{name}.tmp").write_text(json.dumps(done) + "\n")
@@ -353,9 +393,21 @@ class Runner:
         environment = MALLOC | os.environ
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
+        with ThreadPoolExecutor(1) as starter:  # a thread, because Ctrl-C interrupts this one
+            process = starter.submit(self.start, command, output, environment).result()
+        if status := process.wait():
+            tail = "".join(output.read_text(errors="replace").strip().splitlines()[-1:])
+            if status == signals.STOPPED:
+                raise signals.Stopped(f"{name}: {tail.partition(': ')[2]}")
+            raise ValueError(f"stage {name} ended with status {status}: {tail} ({output})")
+        final = log.read_metrics(folder)[-1]
+        return {key: value for key, value in final.items() if key != "final"}
+
+    def start(self, command, output, environment):
+        """Start a stage's process, unless `stop` was called; output: its log. Returns it."""
         with self.lock:
             if self.stopped:
-                raise ValueError(f"stage {name} was not started: another stage failed")
+                raise ValueError(f"{output.stem} was not started: another stage failed")
             with open(self.out / "commands.txt", "a") as file:
                 file.write(shlex.join(command[1:]) + "\n")
             with open(output, "a") as file:
@@ -363,11 +415,7 @@ class Runner:
                     command, stdout=file, stderr=subprocess.STDOUT, env=environment
                 )
             self.processes.append(process)
-        if status := process.wait():
-            tail = "".join(output.read_text().strip().splitlines()[-1:])
-            raise ValueError(f"stage {name} ended with status {status}: {tail} ({output})")
-        final = log.read_metrics(folder)[-1]
-        return {key: value for key, value in final.items() if key != "final"}
+        return process
 
     def stages(self, calls):
         """Run independent stages side by side: {key: (name, script, *flags)} -> {key: record}.
@@ -391,10 +439,18 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def stop(self):
-        """Start no more stages; ask the running ones to save and stop, and wait until they have."""
+        """Start no more stages; ask the running ones to save and stop, and wait until they have.
+
+        Ctrl-C while it waits kills them.
+        """
         with self.lock:
             self.stopped = True
             for process in self.processes:
                 process.terminate()
-        for process in self.processes:
-            process.wait()
+        try:
+            for process in self.processes:
+                process.wait()
+        except KeyboardInterrupt:
+            for process in self.processes:
+                process.kill()
+            raise

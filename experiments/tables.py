@@ -9,11 +9,13 @@ import math
 import os
 import re
 import statistics
+from pathlib import Path
 
 import torch
 
 from experiments import HERE
 from experiments.machine import machine
+from plumbing import entries, log
 
 CLAIMS = [
     # (claim, experiment, column, the row that should win, the row that should lose); {}: the
@@ -78,6 +80,8 @@ def verdicts(tables):
         cells = {row[0]: row[column] for row in tables[experiment]["rows"]}
         if not {winner, loser} <= cells.keys():  # no masks, or an earlier version's table
             continue
+        if not all(isinstance(cells[row], dict) for row in (winner, loser)):
+            raise ValueError(f"{experiment} in results.json has no runs of {winner} and {loser}")
         claim = claim.format(tables[experiment]["columns"][column])
         a, b = (all_values(cells[row]) for row in (winner, loser))
         difference = statistics.mean(a) - statistics.mean(b)
@@ -152,16 +156,74 @@ def fill_documents():
 
 
 def read_results(out):
-    """OUT/results.json, empty if there is none: {"tables", "stages", "recipe", ...}."""
-    path = out / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {"tables": {}, "stages": {}}
+    """OUT/results.json, empty if there is none: {"tables", "stages", "recipe", ...}.
+
+    Raises ValueError naming the file if it is not what save_results writes.
+    """
+    path = Path(out) / "results.json"
+    if not path.exists():
+        return {"tables": {}, "stages": {}}
+    saved = log.read_json(path, {"tables": dict, "stages": dict})
+    texts = (saved.get(name, "") for name in ("recipe", "machine", "torch"))
+    wrong = [name for name, table in saved["tables"].items() if not is_table(table)]
+    wrong += [name for name, stage in saved["stages"].items() if not is_timed(stage)]
+    if wrong or not all(isinstance(text, str) for text in texts):
+        name = wrong[0] if wrong else "recipe, machine or torch"
+        raise ValueError(f"{path}: {name} is not as these scripts write it")
+    return saved
+
+
+def is_table(table):
+    """Is it a table as described at the top of this file?"""
+    if not isinstance(table, dict) or not isinstance(table.get("title"), str):
+        return False
+    columns, rows = table.get("columns"), table.get("rows")
+    right = entries.is_names(columns) and isinstance(rows, list)
+    return right and all(
+        isinstance(row, list) and len(row) == len(columns) and all(map(is_cell, row))
+        for row in rows
+    )
+
+
+def is_cell(cell):
+    """Is it text, a number, None, or the results of runs?"""
+    if not isinstance(cell, dict):
+        return cell is None or isinstance(cell, str) or entries.is_number(cell)
+    runs = cell.get("values")
+    right = isinstance(runs, list) and entries.is_number(cell.get("lr", 0))
+    right = right and all(isinstance(run, list) for run in runs) and any(runs)
+    return right and all(entries.is_number(value) for value in all_values(cell))
+
+
+def is_timed(stage):
+    """Does it say how long a stage took, on how many threads, and whether it was resumed?"""
+    kinds = {"seconds": (int, float), "threads": int, "resumed": bool}
+    right = isinstance(stage, dict)
+    return right and all(isinstance(stage.get(name), kind) for name, kind in kinds.items())
+
+
+def read_stage(path):
+    """OUT/STAGE.json, {"command", "seconds", "threads", "resumed", "result"}.
+
+    Raises ValueError naming the file if it is not what stages.Runner writes.
+    """
+    stage = log.read_json(path, {"command": str, "result": dict})
+    if not is_timed(stage) or not all(map(is_result, stage["result"].values())):
+        raise ValueError(f"{path} is not as these scripts write it: remove it to run the stage")
+    return stage
+
+
+def is_result(value):
+    """Is it a number of a script's final record, or its `iou`, numbers by name?"""
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(map(entries.is_number, values))
 
 
 def finished_stages(out):
     """{name: OUT/name.json} of the finished stages, in the order in which they finished."""
     paths = [path for path in out.glob("*.json") if path.name != "results.json"]
     paths.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    return {path.stem: read_stage(path) for path in paths}
 
 
 def save_results(runner, tables):
@@ -178,7 +240,12 @@ def save_results(runner, tables):
     claims = verdicts(saved["tables"])
     if claims["rows"]:
         saved["tables"]["claims"] = claims
-    new = runner.out / "results.tmp"
-    new.write_text(json.dumps(saved, indent=1) + "\n")
-    os.replace(new, runner.out / "results.json")
+    write_results(runner.out, saved)
     return saved
+
+
+def write_results(out, saved):
+    """Write OUT/results.json, which is whole at every instant."""
+    new = out / "results.tmp"
+    new.write_text(json.dumps(saved, indent=1, allow_nan=False) + "\n")
+    os.replace(new, out / "results.json")

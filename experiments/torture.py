@@ -345,10 +345,10 @@ def main(argv=None):
         bench = Bench(Path(folder))
         for name in args.names or EXPERIMENTS:
             print(f"{name}: {EXPERIMENTS[name].__doc__.splitlines()[0]}", flush=True)
-            start = time.time()
+            start = time.monotonic()
             for case, held in EXPERIMENTS[name](bench):
                 failed += not held
-                verdict, seconds = "held" if held else "FAILED", time.time() - start
+                verdict, seconds = "held" if held else "FAILED", time.monotonic() - start
                 print(f"    {verdict}  {case}  ({seconds:.0f} s)", flush=True)
     print(f"{failed} failed")
     sys.exit(bool(failed))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
@@ -97,7 +98,7 @@ def loader(dataset, keys, workers, pin_memory=False):
     """
     if workers is None:
         workers = share_of_cores() if isinstance(dataset.source, sources.Files) else 0
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=keys,
         num_workers=workers,
@@ -105,6 +106,38 @@ def loader(dataset, keys, workers, pin_memory=False):
         worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises ValueError in its loop if one of its processes was killed.
+
+    torch's handler of SIGCHLD raises RuntimeError wherever the program is, even in a save, so it
+    is removed. Without it, the loop notices within five seconds: torch looks after its processes,
+    or the pixels cannot be fetched from the one that was killed.
+    """
+
+    def __iter__(self):
+        try:
+            made = super().__iter__()
+            if self.num_workers and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from made
+        except Exception as error:
+            signals.kill_children()
+            if not self.num_workers or not lost_a_process(error):
+                raise
+            raise ValueError(
+                "a loader process was killed, perhaps because the memory was full: "
+                "use fewer --workers"
+            ) from error
+
+
+def lost_a_process(error):
+    """Does an error in the loop of a DataLoader mean that one of its processes has died?"""
+    if "in DataLoader worker process" in str(error):  # the dataset raised it there
+        return False
+    fetching = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+    return fetching or isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
 
 
 def share_of_cores():
@@ -125,8 +158,7 @@ def ignore_signals(worker):
     Both may be sent to the whole process group, but only the main process should act on them: it
     still needs the batches of its loader to finish its step.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
 
 
 def to_float(images, device):

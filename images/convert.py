@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from images import batches, photos, sets, sources, views
-from plumbing import command_line, outputs, signals
+from plumbing import command_line, outputs
 
 CHUNK = 16  # images that a process converts at a time
 
@@ -110,7 +110,6 @@ def convert_split(source, size, split, folder, workers=None):
     for count in batches.loader(Squares(source, size, files), chunks, workers):
         done += count
         progress.show(done)
-        signals.stop_before("while it decoded images, which the next run begins again")
     if source.labels is not None:
         np.save(folder / f"{split}_labels.npy", source.labels)
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -42,7 +41,8 @@ def fetch(name, url, folders, check):
         if not target.is_file():  # another process may have fetched it while this one waited
             try:
                 file.seek(0, os.SEEK_END)  # resume after whatever an earlier process wrote
-                download(url, file)
+                with signals.at_once("during a download, which the next run resumes"):
+                    download(url, file)
                 check(partial)
             except OSError as error:
                 if file.tell() == 0:
@@ -68,22 +68,14 @@ def check_digest(path, digest, published):
 
 @contextlib.contextmanager
 def exclusive(file):
-    """Hold the lock of an open file, waiting for it if necessary; no lock on Windows.
-
-    Raises signals.Stopped if a signal comes while it waits.
-    """
+    """Hold the lock of an open file, waiting for it if necessary; no lock on Windows."""
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:  # a blocking call would go on after a signal
-            signals.stop_before("while it waited for another process, which fetches the same data")
-            time.sleep(0.1)
+    with signals.at_once("while it waited for another process that fetches the same data"):
+        fcntl.flock(file, fcntl.LOCK_EX)
     yield  # closing the file releases the lock
 
 
@@ -107,7 +99,6 @@ def download(url, file):
         total = start + int(response.headers.get("Content-Length") or 0)
         while block := response.read(1 << 16):
             file.write(block)
-            signals.stop_before("during a download, which the next run resumes")
             progress = f"{file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB"
             print(f"\r{url}: {progress}", end="", file=sys.stderr)
     print(file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from images import downloads, folders, sources
-from plumbing import log
+from plumbing import log, signals
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
 MD5 = "e793b78cc4c9e9a4ccc0c1155377a412"
@@ -51,7 +51,8 @@ def imagenette(split, data_dir=None):
         lock = arrays.with_suffix(".lock")
         with open(lock, "ab") as file, downloads.exclusive(file):
             if not arrays.is_dir():  # another process may have made them while this one waited
-                make_arrays(found, arrays)
+                with signals.at_once("before the photographs of imagenette were decoded"):
+                    make_arrays(found, arrays)
             lock.unlink(missing_ok=True)  # those who still wait for it will find the arrays
     try:
         images = np.load(arrays / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing import outputs, weights
+from plumbing import entries, log, outputs, weights
 
 CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before it
 
@@ -104,8 +104,8 @@ def is_false_start(out, found):
     if CHECKPOINTS[0] not in found:
         return True
     try:
-        return weights.read(out / CHECKPOINTS[0])["step"] == 0
-    except (ValueError, KeyError, TypeError):  # not a checkpoint of ours, or damaged
+        return load(out / CHECKPOINTS[0], *entries.KINDS)["step"] == 0
+    except ValueError:  # not a checkpoint of ours, or damaged
         return False
 
 
@@ -119,6 +119,8 @@ def lock(out):
         import fcntl
     except ImportError:  # Windows
         return
+    if (out / "lock").exists() and not (out / "lock").is_file():  # opening a pipe would wait
+        raise ValueError(f"--out {out}: lock is not a file: choose another folder")
     file = open(out / "lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,12 +142,15 @@ def lock(out):
 def read_lock(out):
     """The process that holds, or last held, OUT/lock: {"pid", "host", "launcher"}.
 
-    Empty if there is no lock file, or if its process died while writing it.
+    Empty if there is no lock file, if its process died while writing it, or if something else has
+    written it: it only serves a message and a restart.
     """
     try:
-        return json.loads((out / "lock").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        owner = log.from_json((out / "lock").read_text(), "lock")
+    except (OSError, ValueError):
         return {}
+    right = isinstance(owner, dict) and type(owner.get("host")) is str
+    return owner if right and all(type(owner.get(n)) is int for n in ("pid", "launcher")) else {}
 
 
 # -------------------------------------------------------- saving and resuming
@@ -174,15 +179,19 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
     state |= {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     state |= {"arguments": vars(args), "torch": str(torch.__version__)}
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # it may be a link or a pipe
+        with open(temporary, "xb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch turns an OSError of the file into RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        # torch hides an OSError of the file behind a RuntimeError; any other is no disk error.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise ValueError(
-            f"cannot write the checkpoint of step {step} to {out} ({reason}): make room; "
+            f"cannot write the checkpoint of step {step} to {out} ({cause.strerror}): make room; "
             "the checkpoint before it is unchanged"
         ) from error
     if newest.exists() and newest not in DAMAGED:
@@ -203,66 +212,136 @@ def keep_as_previous(out):
     os.replace(spare, previous)
 
 
-def resume(out, kind, args, model, optimizer, scaler, extra):
+def resume(out, kind, args, model, optimizer, scaler, extra, steps):
     """Load OUT's newest whole checkpoint into model, optimizer and scaler; return the checkpoint.
 
-    extra: see check_unchanged. If checkpoint.pt is damaged, says so on stderr and takes
-    previous.pt. Raises ValueError if neither is whole, or naming a setting that differs from the
-    interrupted run's, except those in FREE_TO_CHANGE, or what of its data has changed.
+    extra: further entries, see check_unchanged. steps: the run's last step. If checkpoint.pt is
+    damaged, says so on stderr and takes previous.pt. Raises ValueError if neither is whole, if an
+    entry is not what these scripts write or does not fit the model, or naming a setting that
+    differs from the interrupted run's, except those in FREE_TO_CHANGE, or data that changed.
     """
-    damage = []
-    for name in CHECKPOINTS:
-        try:
-            state = load(out / name, kind)
-            break
-        except ValueError as error:
-            damage.append(str(error))
-            DAMAGED.add(out / name)
-    else:
-        raise ValueError(f"--resume: {'; '.join(damage)}")
+    path, state, damage = newest_whole(out, kind)
     if damage and not (dist.is_initialized() and dist.get_rank()):
-        print(f"{damage[0]}: continuing from {name}, step {state['step']}", file=sys.stderr)
+        print(f"{damage}: continuing from {path.name}, step {state['step']}", file=sys.stderr)
     for name, value in vars(args).items():
         old = state["arguments"].get(name)
         if name not in FREE_TO_CHANGE and old != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume: {flag} is {value}, but {out} was started with {old}")
-    check_unchanged(out, state, extra)
+    check_unchanged(out, args, state, extra)
+    config = asdict(model.config)
+    entries.check_config(path, state["config"], {name: type(v) for name, v in config.items()})
+    if other := [name for name in config if state["config"][name] != config[name]]:
+        raise ValueError(f"{path} does not fit: config: {other[0]} is not {config[other[0]]}")
+    if state["step"] > steps:
+        raise ValueError(f"{path}: step is {state['step']}, but the run has {steps} steps")
+    for name, module in {"model": model, **extra}.items():
+        if hasattr(module, "state_dict"):
+            shapes = weights.shapes_of(module.state_dict())
+            weights.check_shapes(path, state.get(name, {}), shapes, name)
+    entries.check_optimizer(path, state["optimizer"], optimizer, state["step"])
+    entries.check_scaler(path, state["scaler"], scaler)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state
 
 
-def check_unchanged(out, saved, extra):
+def newest_whole(out, *kinds):
+    """(path, content, what is wrong with the newer one or None) of OUT's newest whole checkpoint.
+
+    Raises ValueError if neither is whole, or if one is whole but was not written by these scripts.
+    """
+    damage = []
+    for name in CHECKPOINTS:
+        try:
+            return out / name, load(out / name, *kinds), damage[0] if damage else None
+        except weights.Damaged as error:
+            damage.append(str(error))
+            DAMAGED.add(out / name)
+    raise ValueError(f"--resume: {'; '.join(damage)}")
+
+
+def check_unchanged(out, args, saved, extra):
     """Check that a run is resumed on what it was started with.
 
-    saved: its checkpoint; extra: what the checkpoint would hold if it were started now. Raises
-    ValueError naming what of its training data or its tokenizer has changed.
+    saved: its checkpoint; extra: the entries that the checkpoint would hold beside the model's if
+    it were started now. Raises ValueError naming what of its data, its tokenizer, --init or its
+    other entries has changed.
     """
     before, now = saved.get("data", {}), extra["data"]
-    for name, value in now.items():
-        if before.get(name, value) != value:
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            then, today = (str(found.get(name))[:80] for found in (before, now))
             raise ValueError(
                 f"--resume: the {name} of the training data changed since {out} was started: "
-                f"{str(before[name])[:80]} then, {str(value)[:80]} now"
+                f"{then} then, {today} now"
             )
-    if saved.get("predicts", extra.get("predicts")) != extra.get("predicts"):
+    if saved.get("predicts") != extra.get("predicts"):
         raise ValueError(f"--resume: {out} was started with another tokenizer of the same path")
+    if extra.get("init") not in (None, saved.get("init", extra.get("init"))):
+        raise ValueError(
+            f"--resume: {out} was started with another file --init {args.init}: put that one back, "
+            "or remove this one, which --resume does not need"
+        )
+    for name in ("normalise", "classes", "layer", "decoder_dim"):
+        if name in extra and saved[name] != extra[name]:
+            raise ValueError(f"--resume: the {name} in {out} is not that of the flags and data")
 
 
-def arguments(out):
-    """The command line, {flag: value}, of the run in the folder OUT; None without a checkpoint."""
-    found = (arguments_of(Path(out) / name) for name in CHECKPOINTS)
-    return next((saved for saved in found if saved), None)
+def init_digest(args):
+    """A digest of the file or folder --init; None without one."""
+    path = Path((args.init or "").removeprefix("dalle:"))
+    return weights.file_digest(path) if args.init and path.exists() else None
 
 
-def arguments_of(path):
-    """The command line, {flag: value}, in a checkpoint; {} if it is absent, damaged or foreign."""
+def start_of(args):
+    """The file of weights to start from: --init, or None.
+
+    With --resume, which takes everything from the checkpoint in --out, that checkpoint stands in
+    for a file that is gone.
+    """
+    if not (args.init and args.resume and args.out) or args.init == "random":
+        return args.init
+    if Path(args.init.removeprefix("dalle:")).exists():
+        return args.init
+    path, _, _ = newest_whole(Path(args.out), *entries.KINDS)
+    log.note(f"--init {args.init} is gone, and --resume needs only {path}")
+    return str(path)
+
+
+def arguments(out, parser):
+    """The command line, {flag: value}, of the run in the folder OUT; None without a checkpoint.
+
+    parser: that of the command line. Raises ValueError naming a flag that is needed but missing.
+    """
+    found = (arguments_of(Path(out) / name, parser) for name in CHECKPOINTS)
+    saved = next((saved for saved in found if saved), None)
+    for action in parser._actions if saved else ():
+        if action.required and saved.get(action.dest) is None and saved.keys() <= flags_of(parser):
+            raise ValueError(f"--resume: the checkpoint in {out} has no value of --{action.dest}")
+    return saved
+
+
+def flags_of(parser):
+    """The names of a parser's flags, as they stand in a checkpoint's arguments."""
+    return {action.dest for action in parser._actions}
+
+
+def arguments_of(path, parser):
+    """The command line, {flag: value}, in a checkpoint; {} if it is damaged or published weights.
+
+    parser: that of the command line. Raises ValueError naming a flag whose value it cannot have.
+    """
     try:
-        return dict(weights.read(path)["arguments"])
-    except (ValueError, KeyError, TypeError):  # whoever loads it says what is wrong
+        state = weights.read(path)
+    except weights.Damaged:  # whoever loads it says what is wrong
         return {}
+    if not isinstance(state, dict) or "kind" not in state:
+        return {}
+    saved = entries.check(path, state, *entries.KINDS)["arguments"]
+    entries.check_flags(path, saved, parser)
+    return dict(saved)
 
 
 # -------------------------------------------------------- loading
@@ -271,23 +350,7 @@ def arguments_of(path):
 def load(path, *kinds):
     """Read a checkpoint of these scripts.
 
-    Raises ValueError unless it is whole and its kind is one of `kinds`.
+    Raises weights.Damaged if it is not whole, and ValueError unless its kind is one of `kinds` and
+    its entries are what these scripts write.
     """
-    return check_kind(path, weights.read(path), *kinds)
-
-
-def check_kind(path, state, *kinds):
-    """Return `state`, the content of the file `path`.
-
-    Raises ValueError unless it is a checkpoint of these scripts and its kind is one of `kinds`.
-    """
-    missing = {"kind", "config", "model"} - set(state if isinstance(state, dict) else ())
-    if missing:
-        raise ValueError(
-            f"{path} is not a checkpoint of these scripts: it has no {', '.join(sorted(missing))}"
-        )
-    if state["kind"] not in kinds:
-        raise ValueError(
-            f"{path} is a {state['kind']} checkpoint; this needs one of: {', '.join(kinds)}"
-        )
-    return state
+    return entries.check(path, weights.read(path), *kinds)

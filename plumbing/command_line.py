@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from plumbing import checkpoints, memory, signals
+from plumbing import checkpoints, memory, processes, signals
 
 COLUMNS = ("demo", "fashion", "photos", "base", "large")
 RECOMPUTE = (
@@ -275,14 +275,14 @@ def remember_flags(parser, argv, size_of_init):
     if given.init and Path(given.init).is_file() and not given.resume:
         names = SIZES if (given.recipe or "demo") in size_of_init else ()
         names += EVALUATION if given.eval else ()
-        saved = checkpoints.arguments_of(given.init)
+        saved = checkpoints.arguments_of(given.init, parser)
         flags = {action.dest for action in parser._actions}
         parser.set_defaults(**{name: saved[name] for name in flags & saved.keys() & {*names}})
     if not (given.resume and given.out):
         return
     if not any((Path(given.out) / name).exists() for name in checkpoints.CHECKPOINTS):
         parser.error(f"--resume: there is no {checkpoints.CHECKPOINTS[0]} in {given.out}")
-    saved = checkpoints.arguments(given.out)
+    saved = checkpoints.arguments(given.out, parser)
     if saved is not None:
         flags = {action.dest for action in parser._actions}
         if others := sorted(saved.keys() - flags):
@@ -317,29 +317,46 @@ def check_mode(parser, args, evaluate_only):
         )
 
 
+def ending(error):
+    """(exit status, line to print) of a program that ends in `error`; None for a defect of ours.
+
+    An error from a loader process carries that process's traceback; its last line is the error.
+    """
+    if isinstance(error, signals.Stopped):
+        return signals.STOPPED, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return signals.INTERRUPTED, "interrupted"
+    line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
+    if full := memory.exhausted(error):
+        line = full
+    elif isinstance(error, RuntimeError):
+        line = processes.failure_elsewhere(error)
+    elif not isinstance(error, (ValueError, OSError)):
+        return None
+    return (2, f"error: {line}") if line else None
+
+
 @contextlib.contextmanager
 def one_line_errors(stoppable=False):
     """Report bad input (ValueError, OSError) or full memory in one line with exit status 2.
 
     stoppable: catch SIGTERM and SIGINT; a run that raises signals.Stopped ends with status 75.
-    `python -X dev SCRIPT` shows where an error was raised. An error from a loader process carries
-    that process's traceback; its last line is the error.
+    `python -X dev SCRIPT` shows where an error was raised.
     """
     status = 0
     if stoppable:
         signals.catch()
     try:
         yield
-    except signals.Stopped as stopped:
-        print(f"{Path(sys.argv[0]).name}: {stopped}", file=sys.stderr)
-        status = signals.STOPPED
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        full = memory.exhausted(error)
-        if sys.flags.dev_mode or not (full or isinstance(error, (ValueError, OSError))):
+    except BaseException as error:
+        status, line = ending(error) or (1, repr(error))
+        signals.kill_children()
+        processes.announce(line.removeprefix("error: "))
+        if status == 1 or status == 2 and sys.flags.dev_mode:
             raise
-        line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-        print(f"{Path(sys.argv[0]).name}: error: {full or line}", file=sys.stderr)
-        status = 2
+        if status != 2:
+            signals.ignore()  # it is ending already
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     finally:
         joined = dist.is_initialized()
         if joined:

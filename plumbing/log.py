@@ -26,11 +26,11 @@ class Log:
     def __init__(self, out, rank, steps, first_step=0):
         self.steps, self.rank = steps, rank
         self.path = out / "metrics.jsonl" if out else None
-        self.start, self.first_step = time.time(), first_step
+        self.start, self.first_step = time.monotonic(), first_step
         if rank == 0 and self.path and self.path.exists():
             kept = [m for m in read_metrics(out) if m.get("step", math.inf) <= first_step]
             temporary = out / "metrics.tmp"
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary.write_text("".join(to_json(record) + "\n" for record in kept))
             os.replace(temporary, self.path)
         self.terminal = sys.stdout.isatty()
 
@@ -38,7 +38,7 @@ class Log:
         """Append one record to metrics.jsonl."""
         if self.rank == 0 and self.path:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
 
     def step(self, step, images, **values):
         """Record and show `values` after `step` steps of `images` images each.
@@ -48,7 +48,7 @@ class Log:
         """
         if self.rank or not self.path:
             return
-        elapsed = time.time() - self.start
+        elapsed = max(time.monotonic() - self.start, 1e-9)
         done = step - self.first_step
         rate, left = images * done / elapsed, elapsed / done * (self.steps - step)
         speed = {"images_per_second": round(rate, 1), "seconds": round(elapsed, 1)}
@@ -68,7 +68,16 @@ class Log:
             note(f"step {step:,}  held out: {numbers(values, 4)}")
 
     def final(self, **values):
-        """Record and print the script's result; its record, the file's last, has final=True."""
+        """Record and print the script's result; its record, the file's last, has final=True.
+
+        Raises ValueError naming a value that is not finite: that is no result.
+        """
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"the result is not finite, {name} is {value}: look for wrong images, labels "
+                    "or masks in the data, or evaluate with --amp off"
+                )
         self.write(final=True, **values)
         if self.rank == 0:
             note(numbers(values, 5))
@@ -122,7 +131,69 @@ def duration(seconds):
     return f"{hours // 24} d {hours % 24} h"
 
 
+def to_json(record):
+    """A record as JSON, which has no NaN and no infinity: null in their place."""
+    finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None
+              for k, v in record.items()}  # fmt: skip
+    return json.dumps(finite, allow_nan=False)
+
+
+def from_json(text, name):
+    """What a text in JSON, or its bytes, holds. NaN, infinity and 1e999 are no JSON.
+
+    Raises ValueError naming `name` if it is anything else.
+    """
+
+    def number(digits):
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"{digits[:20]} is no finite number")
+        return value if set(digits) & set(".eEN") else int(digits)
+
+    try:
+        return json.loads(text, parse_int=number, parse_float=number, parse_constant=number)
+    except RecursionError as error:
+        raise ValueError(f"{name}: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: it is not JSON as these scripts write it: {error}") from error
+
+
+def read_json(path, wanted):
+    """The dict in a JSON file. wanted: {name: type or types} that it must have.
+
+    Raises ValueError naming the file if it is damaged or holds anything else.
+    """
+    found = from_json(Path(path).read_bytes(), path)
+    for name, kind in wanted.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise ValueError(f"{path}: {name} is missing or not what these scripts write")
+    return found
+
+
 def read_metrics(out):
-    """All records of OUT/metrics.jsonl, except an unfinished last line of a killed process."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All records of OUT/metrics.jsonl, except an unfinished last line of a killed process.
+
+    A record is a dict with a number of steps, or with `final`; a value that was not finite is None.
+    Raises ValueError naming the first line that is anything else.
+    """
+    path, records = Path(out) / "metrics.jsonl", []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
+        name = f"{path}, line {number}"
+        record = from_json(line, name)
+        if not is_record(record):
+            raise ValueError(f"{name}: it is no record of these scripts: remove that line")
+        records.append(record)
+    return records
+
+
+def is_record(record):
+    """Is it a dict of numbers, with a step of at least 0 or final=True? Only `iou` is a dict."""
+    if not isinstance(record, dict):
+        return False
+    step, final = record.get("step"), record.get("final") is True
+    right = type(step) is int and step >= 0 if "step" in record else final
+    values = (value for name, value in record.items() if name not in ("final", "iou"))
+    return right and all(value is None or type(value) in (int, float) for value in values)

@@ -202,8 +202,10 @@ def loss_curve(out):
     The held-out loss is `mim_loss`, which only pretrain.py records.
     """
     records = [record for record in log.read_metrics(out) if "step" in record]
-    training = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    held_out = [(record["step"], record["mim_loss"]) for record in records if "mim_loss" in record]
+    training, held_out = (
+        [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        for name in ("loss", "mim_loss")
+    )
     points = {"training": training, "held out": held_out} if held_out else training
     with outputs.again(Path(out, "loss.svg")) as temporary:
         temporary.write_text(svg_curve(points, "Training loss", "step", "loss"))

@@ -12,6 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+stores = []  # of torchrun's processes, once this process has joined them
+FAILED = "failed"  # where the first process to fail leaves its message there
+
+
 @dataclass(frozen=True)
 class Process:
     """One process of a run: its device, its rank among `world` processes, and its precision."""
@@ -44,10 +48,11 @@ def find_device(name):
         return torch.device(name)
     if not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU: use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if count > torch.cuda.device_count():  # all raise this: nobody waits for one that is missing
         raise ValueError(
-            f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}"
+            f"{count} processes on this node have {torch.cuda.device_count()} GPUs: start one for "
+            "each GPU"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
@@ -61,11 +66,34 @@ def join(device):
         # dead processes (pytorch issue 167288). So each start on one node uses a unique prefix. On
         # several nodes each torchrun counts restarts for itself, so the count is not shared.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    if rank == 0:  # before anybody else can have joined
+        store.delete_key(FAILED)  # of those before a restart
     # A process that waits longer than this for the others gives up, so none waits forever.
     waiting = timedelta(minutes=10)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=waiting)
+    stores.append(store)
     return dist.get_rank(), dist.get_world_size()
+
+
+def announce(message):
+    """Tell the other processes why this one ends, so that they can say it; the first one counts."""
+    for store in stores:
+        with contextlib.suppress(RuntimeError):  # the store may have ended
+            store.compare_set(FAILED, "", f"process {dist.get_rank()}: {message}")
+
+
+def failure_elsewhere(error):
+    """Why another process ended, if that made a collective operation here raise `error`.
+
+    None if the error is of this process.
+    """
+    if not stores or "/gloo/" not in str(error):
+        return None
+    with contextlib.suppress(RuntimeError):
+        if stores[0].check([FAILED]):
+            return f"another process failed: {stores[0].get(FAILED).decode()}"
+    return "another process died; torchrun says how"
 
 
 def precision(amp, device):

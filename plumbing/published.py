@@ -10,12 +10,12 @@ the weights under either set of names:
 This project's parameter names are the authors' ("released"), which timm uses too.
 """
 
-import math
+import re
 from pathlib import Path
 
 import torch
 
-from plumbing import checkpoints, command_line, log, outputs, weights
+from plumbing import backbone, checkpoints, command_line, entries, log, outputs, weights
 
 # -------------------------------------------------------- parameter names of transformers
 
@@ -49,12 +49,6 @@ BLOCK_NAMES = {
 }
 
 
-def block_count(state, prefix):
-    """The number of blocks in a state dict whose blocks are named PREFIX0., PREFIX1., and so on."""
-    found = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
-    return max(found, default=-1) + 1
-
-
 def all_names(depth):
     """NAMES, and BLOCK_NAMES for each of `depth` blocks."""
     names = dict(NAMES)
@@ -81,7 +75,7 @@ def query_key_value(l):
 
 def to_transformers(state):
     """Convert a state dict from the released names to those of transformers' files."""
-    depth = block_count(state, "blocks.")
+    depth = backbone.block_count(state, "blocks.")
     renamed = rename(state, all_names(depth))
     for l in range(depth):
         parts = renamed.pop(f"blocks.{l}.attn.qkv.weight").chunk(3)
@@ -92,67 +86,26 @@ def to_transformers(state):
 
 def from_transformers(state):
     """Convert a state dict from the names of transformers' files to the released names."""
-    depth = block_count(state, "beit.encoder.layer.")
+    depth = backbone.block_count(state, "beit.encoder.layer.")
     renamed = rename(state, {theirs: ours for ours, theirs in all_names(depth).items()})
     for l in range(depth):
         names = query_key_value(l)
-        if all(name in renamed for name in names):  # loading into a model reports a missing one
-            parts = [renamed.pop(name) for name in names]
+        parts = [renamed[name] for name in names if name in renamed]
+        if len(parts) == 3 and len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim:
             renamed[f"blocks.{l}.attn.qkv.weight"] = torch.cat(parts)
+            for name in names:  # otherwise loading into a model reports them
+                del renamed[name]
     return renamed
 
 
 # -------------------------------------------------------- BEiT's files
 
 
-def inferred_config(state):
-    """Infer the fields of BeitConfig, as a dict, from a state dict under the released names.
-
-    A relative table has one column per head. With E_pos the tensors do not tell the number of
-    heads; it follows from a width of 64 per head, as in every published model. Nor do they tell
-    LayerScale's initial value: any number above 0 says that the model has LayerScale.
-    Raises ValueError if these are not the weights of a BEiT.
-    """
-    not_beit = "these are not the weights of a BEiT"
-    first = ", ".join(list(state)[:3])
-    tables = [value for key, value in state.items() if key.endswith("relative_position_bias_table")]
-    missing = {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} - state.keys()
-    if missing:
-        raise ValueError(f"{not_beit}: no {', '.join(sorted(missing))}; they begin {first}")
-    if ("pos_embed" in state) == bool(tables):
-        raise ValueError(
-            f"{not_beit}: either E_pos or relative tables are needed; they begin {first}"
-        )
-    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    if tables:
-        grid = (math.isqrt(len(tables[0]) - 3) + 1) // 2  # (2 grid - 1)**2 + 3 rows
-        heads = tables[0].shape[1]
-        shared = "rel_pos_bias.relative_position_bias_table" in state
-        positions = "shared" if shared else "relative"
-    else:
-        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
-        heads = max(1, dim // 64)
-        positions = "absolute"
-    if dim % heads:
-        raise ValueError(f"{not_beit}: width {dim} is not a multiple of {heads} heads")
-    return {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "dim": dim,
-        "depth": block_count(state, "blocks."),
-        "heads": heads,
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
-        "positions": positions,
-        "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
-        "drop_path": 0.0,
-    }
-
-
 def load_init(args, *kinds):
     """(the weights of --init, see load_pretrained, or None if random; the name of --normalise)."""
     if args.init == "random":
         return None, "half" if args.normalise == "auto" else args.normalise
-    init = load_pretrained(args.init, *kinds, normalise=args.normalise)
+    init = load_pretrained(checkpoints.start_of(args), *kinds, normalise=args.normalise)
     note_size(init, args.image_size)
     return init, init["normalise"]
 
@@ -178,29 +131,34 @@ def load_pretrained(path, *kinds, normalise="auto"):
     """
     content = weights.read(path)
     if isinstance(content, dict) and "kind" in content:
-        found = checkpoints.check_kind(path, content, *kinds)
+        found = entries.check(path, content, *kinds)
+        backbone.check(path, found)
         return found if normalise == "auto" else found | {"normalise": normalise}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     state = content.get("model", content.get("module", content))
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__} as its model, not a state dict")
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path} is not a state dict: {key!r} is not a tensor")
+    weights.check_state(path, state)
     if any(key.startswith("beit.") for key in state):
         state = from_transformers(state)
     state = {
         key: value for key, value in state.items() if not key.endswith("relative_position_index")
     }
+    state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+    try:
+        config = backbone.inferred_config(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     found = {
         "kind": "classification" if "head.weight" in state else "pretraining",
-        "config": inferred_config(state),
+        "config": config,
         "model": state,
         "normalise": "half" if normalise == "auto" else normalise,
         "classes": None,
     }
-    checkpoints.check_kind(path, found, *kinds)
+    if found["kind"] not in kinds:
+        needed = ", ".join(kinds)
+        raise ValueError(f"{path} is a {found['kind']} checkpoint; this needs one of: {needed}")
+    backbone.check(path, found)
     if normalise == "auto":
         log.note(
             f"{path} does not record pixel mean and std: assuming 0.5, right for files pre-trained "
@@ -232,15 +190,25 @@ DALLE_CLASSES = (
 )
 
 
-def parameters_of(record, prefix=""):
-    """{name: float32 tensor} of a Record; DALL-E's `w` and `b` become `weight` and `bias`."""
-    found = {
-        prefix + {"w": "weight", "b": "bias"}.get(name, name): tensor.detach().float()
-        for name, tensor in record._parameters.items()
-        if tensor is not None
-    }
-    for name, child in record._modules.items():
-        found |= parameters_of(child, f"{prefix}{name}.")
+DEEPEST = 8  # no module of DALL-E's lies deeper inside others
+
+
+def parameters_of(path, record, prefix=""):
+    """{name: float32 tensor} of a Record; DALL-E's `w` and `b` become `weight` and `bias`.
+
+    Raises ValueError if it is no Record with parameters and modules, or nested too deeply.
+    """
+    content = vars(record) if isinstance(record, Record) else {}
+    parameters, modules = content.get("_parameters"), content.get("_modules")
+    right = isinstance(parameters, dict) and isinstance(modules, dict)
+    if not right or prefix.count(".") > DEEPEST:
+        raise ValueError(f"{path} is refused: not a file of DALL-E's tokenizer ({prefix[:80]})")
+    own = {name: value for name, value in parameters.items() if value is not None}
+    weights.check_state(path, own, prefix or "it")
+    names = {"w": "weight", "b": "bias"}
+    found = {prefix + names.get(name, name): value.detach().float() for name, value in own.items()}
+    for name, child in modules.items():
+        found |= parameters_of(path, child, f"{prefix}{entries.shown(name)[1:-1]}.")
     return found
 
 
@@ -254,17 +222,8 @@ def read_pickled_module(path):
             f"there is no {path}: dalle:FOLDER names a folder with DALL-E's encoder.pkl "
             "and decoder.pkl"
         )
-    try:
-        with torch.serialization.safe_globals([(Record, name) for name in DALLE_CLASSES]):
-            return parameters_of(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # damaged, foreign and hostile files raise many types
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        last = lines[-1] if lines else type(error).__name__
-        # torch's message is long; its line "Unsupported ..." names what was refused
-        reason = next((line for line in lines if "nsupported" in line), last)
-        raise ValueError(
-            f"{path} is refused: not a file of DALL-E's tokenizer ({reason})"
-        ) from error
+    with torch.serialization.safe_globals([(Record, name) for name in DALLE_CLASSES]):
+        return parameters_of(path, weights.read(path))
 
 
 def read_dalle(folder):
@@ -276,18 +235,19 @@ def read_dalle(folder):
     """
     encoder = read_pickled_module(Path(folder) / "encoder.pkl")
     decoder = read_pickled_module(Path(folder) / "decoder.pkl")
-    try:
-        sizes = {
-            "vocab_size": encoder["blocks.output.conv.weight"].shape[0],
-            "hidden": encoder["blocks.input.weight"].shape[0],
-            "groups": len({key.split(".")[1] for key in encoder if ".group_" in key}),
-            "blocks_per_group": len({key.split(".")[2] for key in encoder if ".group_1." in key}),
-            "code_dim": decoder["blocks.input.weight"].shape[0],
-        }
-    except KeyError as error:
-        raise ValueError(
-            f"{folder}: encoder.pkl and decoder.pkl are not DALL-E's: they have no {error}"
-        ) from error
+    last, first = "blocks.output.conv.weight", "blocks.input.weight"
+    ends = {f"encoder {last}": encoder.get(last), f"encoder {first}": encoder.get(first)}
+    ends[f"decoder {first}"] = decoder.get(first)
+    for name, value in ends.items():
+        if value is None or value.ndim != 4:
+            raise ValueError(
+                f"{folder}: encoder.pkl and decoder.pkl are not DALL-E's: they have no {name}"
+            )
+    groups = [key.split(".")[1:3] for key in encoder if re.match(r"blocks\.group_\d+\.\w", key)]
+    vocab_size, hidden, code_dim = map(len, ends.values())
+    sizes = {"vocab_size": vocab_size, "hidden": hidden, "code_dim": code_dim}
+    sizes["groups"] = len({group for group, _ in groups})
+    sizes["blocks_per_group"] = len({block for group, block in groups if group == "group_1"})
     state = {f"encoder.{name}": value for name, value in encoder.items()}
     return sizes, state | {f"decoder.{name}": value for name, value in decoder.items()}
 

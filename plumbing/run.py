@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from plumbing import checkpoints, outputs, pictures, processes, signals
+from plumbing import checkpoints, entries, outputs, pictures, processes, signals
 from plumbing.clock import Clock
 from plumbing.log import Estimate, Log, note
 
@@ -29,19 +29,23 @@ class Run:
         self.args, self.kind, self.process, self.total = args, kind, process, steps
         self.saved = model, optimizer, process.scaler
         self.extra = {**extra, "data": train_set.fingerprint()}
+        if digest := checkpoints.init_digest(args):
+            self.extra["init"] = digest
         self.held_out, self.warn = held_out, None
         self.out = checkpoints.open_output(args, process.rank)
         self.resumed, self.first = None, 0  # the checkpoint that it resumes, the first step to do
         if args.resume:
-            self.resumed = checkpoints.resume(self.out, kind, args, *self.saved, self.extra)
+            self.resumed = checkpoints.resume(self.out, kind, args, *self.saved, self.extra, steps)
             self.first = self.resumed["step"]
+            if "init" in self.resumed:  # also where the file itself is gone
+                self.extra["init"] = self.resumed["init"]
         else:
             self.save(0)  # an --out that cannot be written to fails now
             self.check_room()
         self.model = processes.wrap(model, process, args.compile)  # what the loop calls
         self.clock = Clock(args.benchmark, process)
         self.log = Log(self.out, process.rank, steps, self.first)
-        self.latest, self.finite = {}, FiniteSteps(self.out)
+        self.latest, self.finite = {}, FiniteSteps(self.out, self.first, steps)
 
     def save(self, step):
         """Write the checkpoint after `step` steps."""
@@ -200,22 +204,27 @@ def evaluate_only(args, process, held_out, measure, draw=None):
 
 
 class FiniteSteps:
-    """Skips and counts steps whose gradient is not finite; LIMIT in a row end the run."""
+    """Skips and counts steps whose gradient is not finite; LIMIT in a row end the run.
 
-    LIMIT = 10  # fp16's loss scale may need a few at the start
+    So do fewer if they are its last: at least two, and a tenth of the run. A run that does only
+    its last step, first = last - 1, must not skip it.
+    """
 
-    def __init__(self, out):
-        self.out, self.skipped, self.in_a_row = out, 0, 0
+    LIMIT = entries.SKIPPED  # fp16's loss scale may need a few at the start, and one now and then
+
+    def __init__(self, out, first, last):
+        self.out, self.skipped, self.in_a_row, self.last = out, 0, 0, last
+        self.late = min(self.LIMIT, last - first, max(2, last // 10))
 
     def allow(self, norm, step, lr):
-        """norm: of the gradient, the same in all processes. Raises ValueError after LIMIT skips."""
+        """norm: of the gradient, the same in all processes. Raises ValueError after many skips."""
         if math.isfinite(norm):
             self.in_a_row = 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == self.LIMIT:
+        if self.in_a_row >= (self.late if step == self.last - 1 else self.LIMIT):
             raise ValueError(
-                f"the gradient was not finite in {self.LIMIT} steps in a row, the last one step "
+                f"the gradient was not finite in {self.in_a_row} steps in a row, the last one step "
                 f"{step} at learning rate {lr:.3g}: lower --lr; {checkpoints.CHECKPOINTS[0]} in "
                 f"{self.out} is the last good checkpoint"
             )

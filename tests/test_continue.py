@@ -1,5 +1,7 @@
 """Starting from weights, looking at them, sizes taken from them, and --resume without flags."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +227,99 @@ def test_a_run_of_another_script_is_not_resumed(made, capsys):
         pretrain.main(["--resume", "--out", str(made / "tokenizer")])
     error = capsys.readouterr().err
     assert "is a run of another script" in error and error.count("\n") == 1
+
+
+# -------------------------------------------------------- what a file may hold
+
+DEEP = []
+for _ in range(300):
+    DEEP = [DEEP]
+NAN = torch.full((128,), float("nan"))
+EDITS = {  # what the line names: (the script, the place in its checkpoint, the value there)
+    "kind": ("cls", ["kind"], "no such kind"),
+    "no config": ("cls", ["config"], None),
+    "config: the field 'width'": ("cls", ["config", "width"], 3),
+    "config: dim": ("cls", ["config", "dim"], 10**6),
+    "config: heads": ("beit", ["config", "heads"], True),
+    "config: positions": ("seg", ["config", "positions"], "shared"),
+    "config: vocab_size": ("tokenizer", ["config", "vocab_size"], 10**9),
+    "config: hidden": ("tokenizer", ["config", "hidden"], 10**6),
+    "'a' is not a tensor": ("cls", ["model", "a"], DEEP),
+    "cls_token claims": ("cls", ["model", "cls_token"], torch.zeros(1).expand(1, 10**9, 128)),
+    "head.bias is not finite": ("cls", ["model", "head.bias"], NAN[:4]),
+    "head.bias has the type": ("cls", ["model", "head.bias"], torch.zeros(4, dtype=torch.int8)),
+    "model has norm.weight": ("beit", ["model", "norm.weight"], torch.zeros(3)),
+    "normalise": ("beit", ["normalise"], "quarter"),
+    "classes": ("cls", ["classes"], ["a"]),
+    "classes is": ("seg", ["classes"], [0, 1]),
+    "layer": ("cls", ["layer"], -1),
+    "decoder": ("seg", ["decoder_dim"], 10**7),
+    "arguments: 'lr' is a list": ("cls", ["arguments", "lr"], DEEP),
+    "arguments: batch_size": ("cls", ["arguments", "batch_size"], 8.5),
+    "step is -1": ("cls", ["step"], -1),
+    "step is 10000": ("cls", ["step"], 10_000),
+    "its optimizer made 4": ("cls", ["step"], 0),
+    "param_groups has other entries": ("cls", ["optimizer", "param_groups", 0, "more"], 1),
+    "optimizer: betas": ("cls", ["optimizer", "param_groups", 0, "betas"], (0.9, 2.0)),
+    "optimizer has exp_avg ": ("cls", ["optimizer", "state", 0, "exp_avg"], torch.zeros(3)),
+    "optimizer: exp_avg is not finite": ("cls", ["optimizer", "state", 2, "exp_avg"], NAN),
+    "scaler": ("cls", ["scaler"], {"scale": -1.0}),
+    "no entry 'more'": ("cls", ["more"], 1),
+}
+
+
+@pytest.mark.parametrize("message", EDITS)
+def test_a_checkpoint_that_no_script_wrote_is_refused_by_name(message, made, tmp_path, capsys):
+    """One entry is changed, added or, with None, removed: --resume names it and changes nothing."""
+    stage, place, value = EDITS[message]
+    state = torch.load(made / stage / "checkpoint.pt", weights_only=True)
+    inner = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if value is None:
+        del inner[place[-1]]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        MODULES[stage].main(["--resume", "--out", str(tmp_path)])
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    if place[0] not in ("optimizer", "step"):  # which --eval does not need
+        flags = ["--eval", "--init", str(tmp_path / "checkpoint.pt"), "--data", "nowhere"]
+        flags += ["--tokenizer", checkpoint(made, "tokenizer")] if stage == "beit" else []
+        message = "model has encoder" if message == "config: hidden" else message
+        with pytest.raises(ValueError, match=re.escape(message)):
+            MODULES[stage].main(flags)
+
+
+def test_hostile_checkpoint_is_refused_not_replaced(made, hostile, tmp_path):
+    """A pickle with code under checkpoint.pt: --resume does not continue from previous.pt."""
+    torch.save(hostile(tmp_path / "ran"), tmp_path / "checkpoint.pt")
+    (tmp_path / "previous.pt").write_bytes((made / "cls" / "checkpoint.pt").read_bytes())
+    with pytest.raises(ValueError, match="checkpoint.pt is refused: it asks for posix.mkdir"):
+        finetune_cls.main(["--resume", "--out", str(tmp_path)])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("stage", ["beit", "cls", "tokenizer"])
+def test_resume_does_not_need_init_but_notices_another(stage, arrays, made, tmp_path, capsys):
+    """--init is replaced: refused. It is deleted: the run ends with the same bits."""
+    init, out = tmp_path / "init.pt", tmp_path / "run"
+    source = made / ("tokenizer" if stage == "tokenizer" else "beit") / "checkpoint.pt"
+    init.write_bytes(source.read_bytes())
+    flags = [*script_flags(stage, arrays, made), "--init", str(init), "--out", str(out)]
+    MODULES[stage].main(flags)
+    whole = weights(out)
+    (out / "previous.pt").replace(out / "checkpoint.pt")
+    checkpoints.LOCKS.clear()
+    state = torch.load(init, weights_only=True)
+    torch.save(state | {"step": 3}, init)
+    with pytest.raises(ValueError, match=f"another file --init {init}"):
+        MODULES[stage].main(["--resume", "--out", str(out)])
+    init.unlink()
+    checkpoints.LOCKS.clear()
+    MODULES[stage].main(["--resume", "--out", str(out)])
+    assert f"--init {init} is gone" in capsys.readouterr().out
+    assert all(torch.equal(whole[name], value) for name, value in weights(out).items())
+    assert "init" in torch.load(out / "checkpoint.pt", weights_only=True)

@@ -211,6 +211,39 @@ def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path):
         runner.stage(*call, "--quantizer", "none")
 
 
+def test_reproduce_is_resumed_only_with_its_own_recipe_and_data(arrays, tmp_path):
+    """Another recipe, or other labels under the same path: refused by name; more seeds are not."""
+    data = tmp_path / "set.npz"
+    content = {name.replace("val", "test"): values for name, values in np.load(arrays).items()}
+    np.savez(data, **content)
+    settings = paper.settings("demo") | {"data": str(data)}
+
+    def start(settings, recipe="demo"):
+        with stages.Runner(tmp_path / "out", recipe, settings):
+            pass
+
+    start(settings)
+    start(settings | {"seeds": 5})
+    with pytest.raises(ValueError, match="recipe changed since .*: demo then, fashion now"):
+        start(settings, "fashion")
+    np.savez(data, **content | {"test_labels": content["test_labels"][::-1]})
+    with pytest.raises(ValueError, match=r"labels \(digest\) of .* test changed since"):
+        start(settings)
+
+
+RESULTS = "[]", '{"tables": 1, "stages": {}}', "NaN", '{"tables": {"a": 1}'
+
+
+@pytest.mark.parametrize("text", RESULTS)
+def test_results_that_no_script_wrote_are_refused(text, tmp_path):
+    """results.json and STAGE.json: one line that names the file."""
+    for name, reader in (("results.json", tables.read_results), ("a.json", tables.finished_stages)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name) as refused:
+            reader(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
 @pytest.fixture
 def no_processes(monkeypatch):
     """Stages report at once and run nothing; the same stage has the same numbers."""
@@ -287,7 +320,7 @@ def test_estimate_follows_the_stages_that_have_ended(tmp_path):
     first = progress.add("tokenizer-00000000", "train_tokenizer.py", tmp_path / "a.log", True)
     progress.add("beit-0-00000000", "pretrain.py", tmp_path / "b.log", True)
     assert progress.seconds_left() == pytest.approx(150)
-    first.started, first.seconds = time.time() - 200, 200.0
+    first.started, first.seconds = time.monotonic() - 200, 200.0
     assert progress.seconds_left() == pytest.approx(100)
 
 
@@ -312,6 +345,7 @@ def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_pa
         shutil.copytree(made / stage, tmp_path / f"{name}-00000000")
         command = [short_runs.SCRIPTS[stage][0], *short_runs.script_flags(stage, arrays, made)]
         record = {"command": shlex.join(command), "seconds": 1.0, "threads": 1, "resumed": False}
+        record["result"] = {}
         (tmp_path / f"{name}-00000000.json").write_text(json.dumps(record))
     table = {"title": "Summary", "columns": ["", "top-1"], "rows": [["<BEiT>", 12.5]]}
     tables.save_results(types.SimpleNamespace(out=tmp_path, recipe="demo"), {"summary": table})

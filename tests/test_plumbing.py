@@ -80,8 +80,9 @@ def test_compiled_is_the_plain_function():
 
 
 def test_second_interrupt_is_not_waited_for(monkeypatch):
-    """The first SIGINT asks the loop to stop; the second interrupts at once."""
+    """The first SIGINT asks the loop to stop; the second ends the process at once."""
     monkeypatch.setattr(signals, "received", [])
+    monkeypatch.setattr(signals, "end_now", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     signals.handle(signal.SIGINT, None)
     assert signals.stop_asked(torch.device("cpu"))
     with pytest.raises(KeyboardInterrupt):
@@ -153,11 +154,21 @@ def test_step_without_a_finite_gradient_is_skipped(arrays, made, tmp_path, monke
 
 def test_ten_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
     """Nine are skipped; the tenth is an error that names the step and its learning rate."""
-    finite = run.FiniteSteps(tmp_path)
+    finite = run.FiniteSteps(tmp_path, 0, 100)
     assert not any(finite.allow(math.inf, step, 0.1) for step in range(9))
     message = r"10 steps in a row, the last one step 9 at learning rate 0.1.*last good"
     with pytest.raises(ValueError, match=message):
         finite.allow(math.nan, 9, 0.1)
+
+
+def test_a_run_whose_last_steps_were_skipped_fails(tmp_path):
+    """The last two of twelve steps, or the only step of a resumed run: not the end of training."""
+    finite = run.FiniteSteps(tmp_path, 0, 12)
+    assert [finite.allow(norm, step, 0.1) for step, norm in ((9, 1.0), (10, math.nan))] == [1, 0]
+    with pytest.raises(ValueError, match="not finite in 2 steps in a row, the last one step 11"):
+        finite.allow(math.nan, 11, 0.1)
+    with pytest.raises(ValueError, match="not finite in 1 steps"):
+        run.FiniteSteps(tmp_path, 11, 12).allow(math.nan, 11, 0.1)
 
 
 # -------------------------------------------------------- log and pictures
@@ -171,6 +182,35 @@ def test_unfinished_last_line_of_the_log_is_left_out(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"[]", b"1", b"garbage", b"\xff\xfe", b'{"step": NaN}', b'{"step": 1e999}', b"{}"),
+        *(b'{"step": -1}', b'{"step": true}', b'{"step": 1, "loss": "low"}', b"[" * 100_000),
+    ],
+    ids=lambda line: line[:20].decode(errors="replace"),
+)
+def test_line_of_the_log_that_is_no_record_is_refused(line, tmp_path):
+    """The message names the file and the line; the same as a lock means that nobody holds it."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: ") as refused:
+        log.Log(tmp_path, 0, 9, first_step=1)
+    assert "\n" not in str(refused.value)
+    (tmp_path / "lock").write_bytes(line)
+    assert checkpoints.read_lock(tmp_path) == {}
+
+
+def test_log_never_holds_nan(tmp_path):
+    """A loss that is not finite is null in the log; as the result it is an error."""
+    writer = log.Log(tmp_path, 0, 2)
+    writer.step(1, 8, loss=math.nan, lr=0.1)
+    (record,) = log.read_metrics(tmp_path)
+    assert record["loss"] is None and record["lr"] == 0.1
+    with pytest.raises(ValueError, match="the result is not finite, miou is nan"):
+        writer.final(miou=math.nan)
+    assert len(log.read_metrics(tmp_path)) == 1
+
+
 def test_png_can_be_read(tmp_path):
     """Pixels written by write_png against those that Pillow reads."""
     image = pytest.importorskip("PIL.Image")
@@ -182,10 +222,10 @@ def test_png_can_be_read(tmp_path):
 def test_loss_curve_has_labelled_axes_and_values(tmp_path):
     """loss.svg is XML; it names its axes and shows the last training and held-out loss.
 
-    A loss that is not a number is left out.
+    The loss of a skipped step, which is no number, is left out.
     """
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 5.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 2.25}\n'
+        '{"step": 1, "loss": 5.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.25}\n'
         '{"step": 3, "mim_loss": 2.75}\n{"final": true, "mim_loss": 2.5}\n'
     )
     pictures.loss_curve(tmp_path)

@@ -16,6 +16,7 @@ from experiments import (
     attention,
     benchmark,
     features,
+    fuzz,
     report,
     scale,
     scale_check,
@@ -169,14 +170,12 @@ def test_links_and_pictures_resolve(path):
             assert anchor in anchors(linked.read_text(encoding="utf-8")), target
 
 
+MODULES = (attention, benchmark, convert, features, fuzz, published, report, scale, scale_check,
+           torture, verify)  # fmt: skip
 PROGRAMS = {
     **{f"{module.__name__}.py": module for module in short_runs.MODULES.values()},
     "reproduce.py": reproduce,
-    **{
-        f"-m {module.__name__}": module
-        for module in (attention, benchmark, convert, features, published, report, scale,
-                       scale_check, torture, verify)
-    },
+    **{f"-m {module.__name__}": module for module in MODULES},
 }
 FOREIGN_FLAGS = {  # of torchrun
     *("--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--max-restarts"),

@@ -1,0 +1,271 @@
+"""Processes and signals: a loader process that dies, Ctrl-C, torchrun's others, a broken clock."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import dataloader
+
+import reproduce
+from experiments import paper, stages
+from images import batches, convert, downloads, views
+from plumbing import checkpoints, command_line, log, processes, signals
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Program:
+    """A function run as a program in a forked process, with its stderr in a file."""
+
+    def __init__(self, path, function, *args, **environment):
+        self.path = path
+        args = function, args, environment
+        self.process = FORK.Process(target=self.run, args=args, daemon=True)
+        self.process.start()
+
+    def run(self, function, args, environment):
+        os.environ.update(environment)
+        sys.stderr = open(self.path, "w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        with command_line.one_line_errors(stoppable=True):
+            function(*args)
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def end(self):
+        """(exit status, lines of stderr); the process is killed if it is not about to end."""
+        self.process.join(20)
+        self.process.kill()
+        return self.process.exitcode, self.path.read_text().splitlines()
+
+
+def wait_until(condition):
+    """Wait until condition() holds, at most 20 seconds."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# -------------------------------------------------------- loader processes
+
+
+class Deadly(views.Samples):
+    """Samples whose second batch kills its loader process."""
+
+    def __getitems__(self, keys):
+        if keys == [1]:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return keys
+
+
+def test_killed_loader_process_is_an_error_of_the_loop_alone(monkeypatch):
+    """Nothing is raised while the loop does something else; then one line names --workers."""
+    torch_looks = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(torch_looks, "__defaults__", (0.2,))  # instead of every 5 seconds
+    seen = []
+    with pytest.raises(ValueError, match="a loader process was killed, .*: use fewer --workers"):
+        for batch in batches.loader(Deadly([], True, 0), [[0], [1], [2]], 1):
+            time.sleep(0.4)  # a save, say
+            seen.append(batch)
+    assert seen == [[0]]
+    wait_until(lambda: not multiprocessing.active_children())
+
+
+def test_errors_of_a_dataset_in_a_loader_process_stay_what_they_are():
+    """A defect, KeyError and FileNotFoundError are not taken for a killed process."""
+
+    class Broken(views.Samples):
+        def __getitems__(self, keys):
+            raise keys[0]
+
+    for error in (RuntimeError("exited unexpectedly"), FileNotFoundError("gone"), KeyError("k")):
+        for count in (0, 1):
+            with pytest.raises(type(error)):
+                list(batches.loader(Broken([], True, 0), [[error]], count))
+    wait_until(lambda: not multiprocessing.active_children())  # else the program would wait
+
+
+def test_only_what_the_file_raised_is_a_disk_error(tmp_path, monkeypatch):
+    """An OSError that torch hides is named; another RuntimeError is no error of the disk."""
+    model = torch.nn.Linear(1, 1)
+    model.config = processes.Process()
+    monkeypatch.setattr(checkpoints, "asdict", lambda config: {})
+
+    def save(error):
+        monkeypatch.setattr(torch, "save", error)
+        checkpoints.save(tmp_path, "toy", type("Args", (), {})(), 1, model, model, model)
+
+    def full(state, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    def broken(state, file):
+        raise RuntimeError("not of the file")
+
+    with pytest.raises(ValueError, match=r"\(No space left on device\): make room"):
+        save(full)
+    with pytest.raises(RuntimeError, match="not of the file"):
+        save(broken)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------- signals
+
+
+def sleep_after(number):
+    """Get a signal, then sleep."""
+    os.kill(os.getpid(), number)
+    Path(os.environ["READY"]).touch()
+    time.sleep(20)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigint_ends_it_in_one_line(first, tmp_path):
+    """After SIGTERM or SIGINT, in the midst of a step: status 130."""
+    ready = tmp_path / "ready"
+    program = Program(tmp_path / "said", sleep_after, first, READY=str(ready))
+    wait_until(ready.exists)
+    program.signal(signal.SIGINT)
+    status, said = program.end()
+    assert status == 130 and len(said) == 1 and "ended by a second signal" in said[0]
+
+
+def test_waiting_for_anothers_download_ends_on_a_signal(tmp_path):
+    """SIGTERM and SIGINT: status 75 and one line; what the other has fetched stays."""
+    (tmp_path / "a.part").write_bytes(b"so far")
+    with open(tmp_path / "a.part", "rb") as file, downloads.exclusive(file):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            args = "a.gz", "http://127.0.0.1:9/a.gz", [tmp_path], None
+            program = Program(tmp_path / "said", downloads.fetch, *args)
+            stack = Path(f"/proc/{program.process.pid}/wchan")
+            if stack.exists():
+                wait_until(lambda: "lock" in stack.read_text() or stack.read_text() == "0")
+            time.sleep(0.3)
+            program.signal(number)
+            status, said = program.end()
+            assert status == signals.STOPPED and len(said) == 1
+            assert "waited for another process" in said[0]
+    assert (tmp_path / "a.part").read_bytes() == b"so far"
+
+
+STAGE = """  # in place of a script: it needs some time to save
+import pathlib, signal, sys, time
+
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+
+def stop(*_):
+    (out / "saving").touch()
+    time.sleep({seconds})
+    (out / "saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, stop)
+(out / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("seconds, presses", [(0.5, 1), (60, 2)], ids=["once", "twice"])
+def test_reproduce_waits_for_its_stage_to_save(seconds, presses, tmp_path, monkeypatch):
+    """SIGINT to reproduce.py alone: it waits, one line, status 75; a second one waits no more."""
+    (tmp_path / "train_tokenizer.py").write_text(STAGE.format(seconds=seconds))
+    monkeypatch.setattr(stages, "HERE", tmp_path)
+    experiment = {"summary": lambda runner: runner.stage("t", "train_tokenizer.py")}
+    monkeypatch.setattr(paper, "EXPERIMENTS", experiment)
+    program = Program(tmp_path / "said", reproduce.main, ["--out", str(tmp_path / "out")])
+    for sign in ("ready", "saving")[:presses]:
+        wait_until(lambda: list(tmp_path.glob(f"out/*/{sign}")))
+        program.signal(signal.SIGINT)
+    status, said = program.end()
+    assert status == signals.STOPPED and len(said) == 1
+    assert said[0].endswith("stopped; continue with --resume")
+    assert len(list(tmp_path.glob("out/*/saved"))) == (presses == 1)
+
+
+# -------------------------------------------------------- torchrun's processes
+
+
+def fail_alone(error):
+    """Three processes of which the last fails while the others wait for its numbers."""
+    process = processes.setup("cpu", "off")
+    if process.rank == 2:
+        raise error
+    processes.all_sum(torch.ones(1))
+
+
+def ends_of_three(folder, error):
+    """[(exit status, stderr) of each process], the last of which raises `error`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    programs = [
+        Program(folder / f"said{rank}", fail_alone, error, RANK=str(rank), **address)
+        for rank in range(3)
+    ]
+    return [program.end() for program in programs]
+
+
+def test_bad_input_of_one_process_ends_all_in_one_line_each(tmp_path):
+    """The others say which process failed and why."""
+    *others, last = ends_of_three(tmp_path, ValueError("b.png is not a readable image"))
+    assert last[0] == 2 and last[1][0].endswith("error: b.png is not a readable image")
+    for status, said in others:
+        assert status == 2 and len(said) == 1
+        assert said[0].endswith(
+            "error: another process failed: process 2: b.png is not a readable image"
+        )
+
+
+def test_defect_of_one_process_is_shown_once(tmp_path):
+    """Its own traceback stays; the others need one line."""
+    *others, (status, said) = ends_of_three(tmp_path, TypeError("a defect"))
+    assert status == 1 and said[0].startswith("Process ") and "Traceback" in said[1]
+    assert said[-1] == "TypeError: a defect"
+    for status, said in others:
+        assert status == 2 and len(said) == 1 and "process 2: TypeError('a defect')" in said[0]
+
+
+# -------------------------------------------------------- the clock
+
+
+@pytest.mark.parametrize("step", [0.0, -3600.0], ids=["stands still", "goes back"])
+def test_a_broken_clock_harms_nothing(step, tmp_path, monkeypatch, capsys):
+    """Progress of training, conversion and reproduce with a wall clock that does not advance."""
+    now = [1e9]
+
+    def wall():
+        now[0] += step
+        return now[0]
+
+    monkeypatch.setattr(time, "time", wall)
+    if step == 0:
+        for name in ("monotonic", "perf_counter"):
+            monkeypatch.setattr(time, name, wall)
+    written = log.Log(tmp_path, 0, 10)
+    written.step(5, 8, loss=1.0)
+    assert log.read_metrics(tmp_path)[0]["seconds"] >= 0
+    shown = convert.Progress("train", 9)
+    shown.last -= 10
+    shown.show(4)
+    estimate = log.Estimate(100)
+    for _ in range(20):
+        estimate.begin()
+        estimate.end()
+    progress = stages.Progress({}, 1)
+    stage = progress.begin("tokenizer", "train_tokenizer.py", tmp_path / "a.log", True, False)
+    assert stage.elapsed(time.monotonic()) >= 0 and progress.seconds_left() > 0
+    assert "-" not in capsys.readouterr().out
