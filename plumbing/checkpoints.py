@@ -328,10 +328,11 @@ def flags_of(parser):
     return {action.dest for action in parser._actions}
 
 
-def arguments_of(path, parser):
+def arguments_of(path, parser, names=None):
     """The command line, {flag: value}, in a checkpoint; {} if it is damaged or published weights.
 
-    parser: that of the command line. Raises ValueError naming a flag whose value it cannot have.
+    parser: that of the command line; names: of the flags that are wanted; None: all. Raises
+    ValueError naming a flag whose value it cannot have.
     """
     try:
         state = weights.read(path)
@@ -340,8 +341,9 @@ def arguments_of(path, parser):
     if not isinstance(state, dict) or "kind" not in state:
         return {}
     saved = entries.check(path, state, *entries.KINDS)["arguments"]
+    saved = {name: value for name, value in saved.items() if names is None or name in names}
     entries.check_flags(path, saved, parser)
-    return dict(saved)
+    return saved
 
 
 # -------------------------------------------------------- loading

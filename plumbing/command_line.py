@@ -275,9 +275,8 @@ def remember_flags(parser, argv, size_of_init):
     if given.init and Path(given.init).is_file() and not given.resume:
         names = SIZES if (given.recipe or "demo") in size_of_init else ()
         names += EVALUATION if given.eval else ()
-        saved = checkpoints.arguments_of(given.init, parser)
-        flags = {action.dest for action in parser._actions}
-        parser.set_defaults(**{name: saved[name] for name in flags & saved.keys() & {*names}})
+        names = {*names} & {action.dest for action in parser._actions}
+        parser.set_defaults(**checkpoints.arguments_of(given.init, parser, names))
     if not (given.resume and given.out):
         return
     if not any((Path(given.out) / name).exists() for name in checkpoints.CHECKPOINTS):

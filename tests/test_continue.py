@@ -255,7 +255,7 @@ EDITS = {  # what the line names: (the script, the place in its checkpoint, the 
     "layer": ("cls", ["layer"], -1),
     "decoder": ("seg", ["decoder_dim"], 10**7),
     "arguments: 'lr' is a list": ("cls", ["arguments", "lr"], DEEP),
-    "arguments: batch_size": ("cls", ["arguments", "batch_size"], 8.5),
+    "arguments: eval_crop": ("cls", ["arguments", "eval_crop"], 8.5),
     "step is -1": ("cls", ["step"], -1),
     "step is 10000": ("cls", ["step"], 10_000),
     "its optimizer made 4": ("cls", ["step"], 0),
@@ -308,7 +308,11 @@ def test_resume_does_not_need_init_but_notices_another(stage, arrays, made, tmp_
     init, out = tmp_path / "init.pt", tmp_path / "run"
     source = made / ("tokenizer" if stage == "tokenizer" else "beit") / "checkpoint.pt"
     init.write_bytes(source.read_bytes())
-    flags = [*script_flags(stage, arrays, made), "--init", str(init), "--out", str(out)]
+    flags = script_flags(stage, arrays, made)
+    if stage == "tokenizer":  # whose sizes are those of --init
+        flags = [*COMMON, "--data", arrays, "--image-size", "16", "--steps", "4"]
+        flags += ["--warmup-steps", "1", "--save-every", "2"]
+    flags = [*flags, "--init", str(init), "--out", str(out)]
     MODULES[stage].main(flags)
     whole = weights(out)
     (out / "previous.pt").replace(out / "checkpoint.pt")

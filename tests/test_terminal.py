@@ -48,13 +48,14 @@ class Loader(list):
 def make_run(out, steps=6, process=processes.Process(), config=Config(), **settings):
     """A Run of a model of 6 parameters, 4 of them trained; with a batch of 8 for 32 images."""
     args = {"batch_size": 8, "accumulate": 1, "out": str(out), "resume": False, "compile": False}
-    args |= {"benchmark": None, "log_every": 1, "save_every": 2, "eval_images": 5, "image_size": 12}
+    args |= {"benchmark": None, "log_every": 1, "save_every": 2, "eval_images": 5, "image_size": 12,
+             "data": "photos", "init": None}  # fmt: skip
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     model.config = config
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = types.SimpleNamespace(**args | settings)
-    return Run(args, "toy", process, model, optimizer, steps, {}, Pictures(), Pictures(20))
+    return Run(args, "tokenizer", process, model, optimizer, steps, {}, Pictures(), Pictures(20))
 
 
 def train(run, measure=lambda: {"mim_loss": 3.25}, draw=None, warn=None):
@@ -244,7 +245,7 @@ def test_evaluate_only_refuses_a_folder_that_is_not_empty(name, tmp_path):
     """A folder with a file in it, and a file: nothing is measured, and the file stays."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("keep me")
-    args = types.SimpleNamespace(out=str(tmp_path / name))
+    args = types.SimpleNamespace(out=str(tmp_path / name), data="photos")
     with pytest.raises(ValueError, match=f"--out .*{name} is not an empty folder"):
         evaluate_only(args, processes.Process(), [], lambda: pytest.fail("measured"), print)
     assert (tmp_path / "full" / "file").read_text() == "keep me"
