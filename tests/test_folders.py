@@ -376,7 +376,7 @@ def test_conversion_shows_progress_and_does_not_depend_on_workers(pillow, tmp_pa
 def test_progress_of_a_conversion(capsys, monkeypatch):
     """Elsewhere than on a terminal: a line every five seconds, and the result."""
     clock = iter([0.0, 1.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(convert.time, "time", lambda: next(clock))
+    monkeypatch.setattr(convert.time, "monotonic", lambda: next(clock))
     progress = convert.Progress("train", 60)
     for done in (16, 32, 48, 60):
         progress.show(done)
