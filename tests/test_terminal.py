@@ -53,7 +53,7 @@ def make_run(out, steps=6, process=processes.Process(), config=Config(), **setti
     model.bias.requires_grad_(False)
     model.config = config
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    args = types.SimpleNamespace(**args | settings)
+    args = types.SimpleNamespace(data="photos", **args | settings)
     return Run(args, "toy", process, model, optimizer, steps, {}, Pictures(), Pictures(20))
 
 
