@@ -163,7 +163,8 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
 
     The checkpoint goes to a temporary file first and takes its name once it is on the disk, so
     checkpoint.pt is whole at every instant. The old one becomes previous.pt. Raises ValueError,
-    leaving both as they are, if the disk is full or a weight is not finite.
+    leaving both as they are, if the disk is full or a weight is not finite; and at step 0 if there
+    is no room for the next checkpoint.
     """
     if out is None:
         return
@@ -198,6 +199,9 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
         keep_as_previous(out)
     os.replace(temporary, newest)
     DAMAGED.discard(newest)
+    if step == 0:  # the next one stands beside it, and also has AdamW's two moments
+        moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        outputs.check_room(newest, newest.stat().st_size + moments)
 
 
 def keep_as_previous(out):

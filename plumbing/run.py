@@ -41,7 +41,6 @@ class Run:
                 self.extra["init"] = self.resumed["init"]
         else:
             self.save(0)  # an --out that cannot be written to fails now
-            self.check_room()
         self.model = processes.wrap(model, process, args.compile)  # what the loop calls
         self.clock = Clock(args.benchmark, process)
         self.log = Log(self.out, process.rank, steps, self.first)
@@ -56,17 +55,6 @@ class Run:
             for name, value in self.extra.items()
         }
         checkpoints.save(self.out, self.kind, self.args, step, *self.saved, extra)
-
-    def check_room(self):
-        """Raise ValueError if the disk has no room for the next checkpoint beside the first.
-
-        It will also hold AdamW's two moments of each parameter.
-        """
-        if self.process.rank or self.out is None:
-            return
-        first = self.out / checkpoints.CHECKPOINTS[0]
-        moments = 2 * sum(p.nbytes for p in self.saved[0].parameters() if p.requires_grad)
-        outputs.check_room(first, first.stat().st_size + moments)
 
     def steps(self, loader, evaluate, draw=None, warn=None):
         """Yield (step, batch); after each step log, save, stop and evaluate as the flags say.
@@ -192,9 +180,9 @@ def evaluate_only(args, process, held_out, measure, draw=None):
         raise ValueError(f"--eval draws no pictures of a classifier: leave out --out {args.out}")
     out = Path(args.out) if args.out else None
     if out:  # every process checks, so that all of them stop
-        outputs.check_outside(out, args.data)
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"--out {out} is not an empty folder: choose a new one")
+        outputs.check_outside(out, args.data)
         out.mkdir(parents=True, exist_ok=True)
     images = f"{min(len(held_out), args.eval_images):,} of {len(held_out):,} images"
     note(f"evaluating on {images} of {args.data}, {args.image_size} x {args.image_size} pixels")

@@ -357,7 +357,19 @@ def test_a_failed_allocation_is_one_line(make, capsys):
     assert "the memory is full (" in error and "--batch-size" in error and error.count("\n") == 1
 
 
-def test_a_defect_keeps_its_traceback():
-    """RuntimeErrors that do not come from an allocator are not bad input."""
-    with pytest.raises(RuntimeError, match="size of tensor"), command_line.one_line_errors():
-        torch.zeros(3) + torch.zeros(4)
+DEFECTS = {
+    RuntimeError: lambda x: x @ x[:, 1:],
+    TypeError: lambda x: x["features"],
+    AttributeError: lambda x: x.feature,
+    KeyError: lambda x: {}[0],
+}
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_a_defect_of_the_model_keeps_its_traceback(kind, arrays, made, tmp_path, monkeypatch):
+    """A defect planted in the MLP: training ends in its own error, not in a line and status 2."""
+    monkeypatch.setattr(beit.MLP, "forward", lambda self, x: DEFECTS[kind](x))
+    flags = [*short_runs.script_flags("cls", arrays, made), "--out", str(tmp_path / "cls")]
+    with pytest.raises(kind) as raised, command_line.one_line_errors():
+        short_runs.MODULES["cls"].main(flags)
+    assert any(frame.name == "<lambda>" for frame in raised.traceback)
