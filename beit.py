@@ -54,9 +54,10 @@ class BeitConfig:
         return self.image_size // self.patch_size
 
 
-MODELS = {  # --model: the appendix's two sizes, and three for small images on a laptop
+MODELS = {  # --model: the appendix's two sizes, and four for small images on a laptop
     "mini": dict(patch_size=4, dim=64, depth=4, heads=2, positions="absolute", layer_scale=0.0),
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4, positions="absolute", layer_scale=0.0),
+    "mini8": dict(patch_size=8, dim=64, depth=4, heads=2, positions="absolute", layer_scale=0.0),
     "tiny8": dict(patch_size=8, dim=128, depth=4, heads=4, positions="absolute", layer_scale=0.0),
     "base": dict(patch_size=16, dim=768, depth=12, heads=12, positions="shared", layer_scale=0.1),
     "large": dict(patch_size=16, dim=1024, depth=24, heads=16, positions="shared", layer_scale=1e-5)
@@ -73,8 +74,7 @@ def model_config(name, **changes):
 def init_weight(weight, cut=2.0):
     """Normal with std 0.02, cut off at ±`cut`.
 
-    The authors cut at ±1 std (0.02) for pre-training, so that the real std is 0.0108, and at ±2.0
-    for fine-tuning, which cuts nothing.
+    The authors cut at ±0.02 in pre-training (real std 0.0108), at ±2.0 in fine-tuning (nothing).
     """
     nn.init.trunc_normal_(weight, std=STD, a=-cut, b=cut)
 

@@ -63,7 +63,7 @@ RECIPES = {
     "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute|relative|shared", "E_pos, bias"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.1, "[0, 1)", "stochastic depth"),
     # optimisation
-    "epochs": (16.0, 4.4, 40.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
+    "epochs": (16.0, 4.4, 36.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
     "warmup_epochs": (1.0, 0.3, 1.0, 10.0, 10.0, "[0, 1e6]", "epochs of linear warm-up"),
     "batch_size": (128, 128, 64, 2048, 2048, "[1, 1e6]", "images per step of all processes"),
     "lr": (2e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
