@@ -158,12 +158,19 @@ def from_json(text, name):
         raise ValueError(f"{name}: it is not JSON as these scripts write it: {error}") from error
 
 
+def content(path):
+    """The bytes of a file. Raises ValueError unless it is a regular one: a pipe is waited for."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is not a regular file: remove it")
+    return Path(path).read_bytes()
+
+
 def read_json(path, wanted):
     """The dict in a JSON file. wanted: {name: type or types} that it must have.
 
     Raises ValueError naming the file if it is damaged or holds anything else.
     """
-    found = from_json(Path(path).read_bytes(), path)
+    found = from_json(content(path), path)
     for name, kind in wanted.items():
         if not isinstance(found, dict) or not isinstance(found.get(name), kind):
             raise ValueError(f"{path}: {name} is missing or not what these scripts write")
@@ -177,7 +184,7 @@ def read_metrics(out):
     Raises ValueError naming the first line that is anything else.
     """
     path, records = Path(out) / "metrics.jsonl", []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = content(path).splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             break

@@ -200,6 +200,14 @@ def test_line_of_the_log_that_is_no_record_is_refused(line, tmp_path):
     assert checkpoints.read_lock(tmp_path) == {}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name on this system")
+def test_log_that_is_a_pipe_is_not_waited_for(tmp_path):
+    """metrics.jsonl as a pipe that nobody writes to: one line that names it."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl is not a regular file"):
+        log.read_metrics(tmp_path)
+
+
 def test_log_never_holds_nan(tmp_path):
     """A loss that is not finite is null in the log; as the result it is an error."""
     writer = log.Log(tmp_path, 0, 2)
