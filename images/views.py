@@ -109,7 +109,8 @@ class Samples(Dataset):
 
     def read(self, indices, *readers):
         """[reader(indices) for each reader]; in training, unreadable files are replaced."""
-        for offset in range(100):
+        tries = min(100, len(self))
+        for offset in range(tries):
             try:
                 moved = [(index + offset) % len(self) for index in indices]
                 return [reader(moved) for reader in readers]
@@ -118,7 +119,7 @@ class Samples(Dataset):
                     raise
                 self.skipped += 1
                 print(f"skipped: {error}", file=sys.stderr)
-        raise ValueError(f"{self.source.name}: 100 files in a row cannot be read")
+        raise ValueError(f"{self.source.name}: {tries} files in a row cannot be read")
 
 
 class Crops(Samples):
