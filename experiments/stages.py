@@ -59,7 +59,7 @@ def last_step(path, start=0):
 
     Only what was written after the first `start` bytes is read, and of that the end.
     """
-    if not path.exists():
+    if not path.is_file():
         return None
     with open(path, "rb") as file:
         file.seek(max(start, path.stat().st_size - 4096))
@@ -408,6 +408,8 @@ class Runner:
         with self.lock:
             if self.stopped:
                 raise ValueError(f"{output.stem} was not started: another stage failed")
+            for path in (self.out / "commands.txt", output):
+                log.check_regular(path)
             with open(self.out / "commands.txt", "a") as file:
                 file.write(shlex.join(command[1:]) + "\n")
             with open(output, "a") as file:

@@ -158,10 +158,18 @@ def from_json(text, name):
         raise ValueError(f"{name}: it is not JSON as these scripts write it: {error}") from error
 
 
-def content(path):
-    """The bytes of a file. Raises ValueError unless it is a regular one: a pipe is waited for."""
+def check_regular(path):
+    """Raise ValueError if there is something at `path` that is no regular file.
+
+    Opening a pipe would wait for ever.
+    """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is not a regular file: remove it")
+
+
+def content(path):
+    """The bytes of a file. Raises ValueError unless it is a regular one."""
+    check_regular(path)
     return Path(path).read_bytes()
 
 
