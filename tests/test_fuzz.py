@@ -14,7 +14,7 @@ import traceback
 
 import pytest
 
-from experiments import fuzz
+from experiments import fuzz, fuzz_bench, mutations
 from plumbing import checkpoints, command_line
 
 SEED = 0
@@ -40,8 +40,8 @@ def stop(*_):
 
 
 def in_process(program, flags, case=None):
-    """Run a program's main() as its `if __name__ == "__main__"` does: see fuzz.Bench."""
-    module = fuzz.PROGRAMS[program][0].removeprefix("-m ").removesuffix(".py")
+    """Run a program's main() as its `if __name__ == "__main__"` does: see fuzz_bench.Bench."""
+    module = fuzz_bench.PROGRAMS[program][0].removeprefix("-m ").removesuffix(".py")
     main = importlib.import_module(module).main
     status, out, err = 0, io.StringIO(), io.StringIO()
     timers = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
@@ -71,14 +71,14 @@ def in_process(program, flags, case=None):
             signal.signal(number, handler)
         while checkpoints.LOCKS:
             checkpoints.LOCKS.pop().close()
-    return fuzz.Result(status, out.getvalue(), err.getvalue())
+    return fuzz_bench.Result(status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A folder of good files, which is also the working directory."""
     folder, before = tmp_path_factory.mktemp("fuzz"), os.getcwd()
-    bench = fuzz.Bench(folder, in_process, fuzz.PROGRAMS)
+    bench = fuzz_bench.Bench(folder, in_process, fuzz_bench.PROGRAMS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
         os.chdir(folder)
@@ -87,7 +87,7 @@ def bench(tmp_path_factory):
         os.chdir(before)
 
 
-@pytest.mark.parametrize("kind", fuzz.KINDS)
+@pytest.mark.parametrize("kind", mutations.KINDS)
 def test_damage_is_refused_in_one_line_or_harmless(kind, bench):
     """No traceback, hang or lost file; nonsense is refused, what is harmless is accepted."""
     if kind not in fuzz.usable_kinds(bench):
@@ -96,7 +96,7 @@ def test_damage_is_refused_in_one_line_or_harmless(kind, bench):
     for number in range(CASES[kind]):
         _, case = fuzz.make_case(bench, SEED, number, [kind])
         shutil.rmtree(bench.folder / f"case-{number - 1}", ignore_errors=True)
-        slow = case.expect != fuzz.REFUSE and number % 6  # it trains, most of the time
+        slow = case.expect != fuzz_bench.REFUSE and number % 6  # it trains, most of the time
         if slow or case.file_size:
             continue
         result, findings = fuzz.run_case(bench, case)
@@ -107,7 +107,7 @@ def test_damage_is_refused_in_one_line_or_harmless(kind, bench):
 
 def test_findings_are_found(bench, hostile):
     """What the judge must see: each wrong ending of a command, and a harmless one."""
-    case = fuzz.Case("cls", [], "", fuzz.REFUSE, "new")
+    case = fuzz_bench.Case("cls", [], "", fuzz_bench.REFUSE, "new")
     marks = {"ran": "code ran", "started": "program started", "good/tiny.npz": "file changed"}
     endings = {
         None: "hang", 1: "exit status", -11: "exit status", 0: "nonsense accepted",
@@ -115,9 +115,9 @@ def test_findings_are_found(bench, hostile):
     }  # fmt: skip
     for status, kind in endings.items():
         before = fuzz.snapshot(bench.folder)
-        result = fuzz.Result(status, "", "a\nb\n")
+        result = fuzz_bench.Result(status, "", "a\nb\n")
         assert [name for name, _ in fuzz.judge(bench, case, result, before)] == [kind]
-    good = fuzz.Result(2, "", "error: one line\n")
+    good = fuzz_bench.Result(2, "", "error: one line\n")
     assert fuzz.judge(bench, case, good, fuzz.snapshot(bench.folder)) == []
     for name, kind in marks.items():
         before = fuzz.snapshot(bench.folder)
