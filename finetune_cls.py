@@ -31,7 +31,7 @@ RECIPES = {
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels; default: those of --init"),
     "labels_per_class": (100, 100, 100, 0, 0, "[0, 1e9]", "balanced subset by the seed; 0: all"),
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "for random"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size for --init random: see MODELS"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     # augmentation
     "min_crop": (1.0, 1.0, 0.35, 0.08, 0.08, "(0, 1]", "least share of the area in a crop"),

@@ -28,7 +28,7 @@ RECIPES = {
     "data": ("shapes", "fashion-scenes", None, None, None, "", "a set with masks (docs/data.md)"),
     "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "pixels of crop and sliding window"),
     "train_images": (800, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "for random"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size for --init random: see MODELS"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     "decoder_dim": (64, 64, 64, 256, 256, "[8, 65536]", "channels between deconvolution layers"),
     # augmentation

@@ -59,7 +59,7 @@ RECIPES = {
     "target": (*("tokens",) * 5, "tokens|pixels|normalised-pixels", "z, or the patch's own pixels"),
     "recover": (*("masked",) * 5, "masked|all", "predict tokens at masked positions, or at all"),
     # backbone
-    "model": ("tiny", "tiny", "tiny8", "base", "large", "mini|tiny|tiny8|base|large", "size"),
+    "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size: see MODELS in beit.py"),
     "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute|relative|shared", "E_pos, bias"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.1, "[0, 1)", "stochastic depth"),
     # optimisation

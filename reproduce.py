@@ -39,17 +39,16 @@ def parse(argv):
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
     add("--budgets", action="store_true", help="table 4's rows about masking, each at four budgets")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
-    add("--seeds", type=int, help="fine-tuning runs per row; default: the recipe's")
+    seeds = "fine-tuning runs per row; default: the recipe's"
+    command_line.add_number(parser, "--seeds", int, "[1, 1000]", seeds)
     add("--out", help="new folder for all results; default: runs/RECIPE")
     add("--resume", action="store_true", help="keep the finished stages in --out, run the others")
     add("--scenes", help="images with masks for segmentation (docs/data.md); default: the recipe's")
     add("--data-dir", help="folder with the data set's original files, downloaded if missing")
-    add("--jobs", type=int, default=os.cpu_count(), help="stages side by side; default: CPU cores")
+    jobs, cores = "stages side by side; default: CPU cores", os.cpu_count()
+    command_line.add_number(parser, "--jobs", int, "[1, 1024]", jobs, default=cores)
     add("--documents", action="store_true", help="only fill the tables of README.md and docs/*.md")
     args = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
     if args.budgets and args.recipe == "demo":
         parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")
     if args.grid14 and args.recipe != "fashion":

@@ -344,8 +344,8 @@ def main(argv=None):
     help_text = "reference patches as row,column; default: by the mask, or five across the image"
     parser.add_argument("--points", nargs="+", help=help_text)
     parser.add_argument("--out", help="PNG file to write")
-    help_text = "score N images spread over --data and write no picture"
-    parser.add_argument("--measure", type=int, default=0, metavar="N", help=help_text)
+    help_text = "score this many images spread over --data and write no picture"
+    command_line.add_number(parser, "--measure", int, "[0, 1e9]", help_text, default=0)
     help_text = "data set for numbers and for --measure: a name or a path"
     parser.add_argument("--data", default="shapes", help=help_text)
     parser.add_argument("--data-dir", help="folder of the data set's own files")

@@ -16,7 +16,7 @@ import pretrain
 from experiments import attention, baselines, features
 from experiments.tables import all_values, run_cell
 from images import sets
-from plumbing import command_line, pictures
+from plumbing import command_line, log, outputs, pictures
 
 # 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper. In all, 1.7 times as many
 # patches as in the `fashion` recipe.
@@ -476,7 +476,8 @@ def budgets(runner):
         }
         title = f"Top-1 by epochs of pre-training, {s['labels'][0]} labels per class"
         picture = pictures.svg_curve(lines, title, "epochs", "top-1, %", width=860)
-        (runner.out / "budgets.svg").write_text(picture)
+        with outputs.again(runner.out / "budgets.svg") as new:
+            new.write_text(picture)
     rows = [
         [f"{row}, {measure}", *cells]
         for measure, found in measures.items()
@@ -499,8 +500,9 @@ def knn(runner, record):
             for split in ("train", "test")
         }
         percent = features.knn_accuracies(model, normalise, parts)
-        kept.write_text(json.dumps(percent))
-    return json.loads(kept.read_text())[-1]
+        with outputs.again(kept) as new:
+            new.write_text(json.dumps({"layers": percent}))
+    return log.read_json(kept, {"layers": list})["layers"][-1]
 
 
 def figure2(runner):

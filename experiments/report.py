@@ -404,7 +404,7 @@ def page(recipe, sections):
         heading = f'<h2 id="{paper.slug(title)}">{html.escape(title)}</h2>'
         body += ["<section>", heading, *parts, "</section>"]
     column = paper.settings(recipe)
-    data = " and ".join(dict.fromkeys((column["data"], column["scenes"])))
+    data = " and ".join(dict.fromkeys(filter(None, (column["data"], column["scenes"]))))
     title = f"{TITLE}: recipe {recipe}"
     return "\n".join(
         [

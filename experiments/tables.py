@@ -167,8 +167,9 @@ def read_results(out):
     texts = (saved.get(name, "") for name in ("recipe", "machine", "torch"))
     wrong = [name for name, table in saved["tables"].items() if not is_table(table)]
     wrong += [name for name, stage in saved["stages"].items() if not is_timed(stage)]
-    if wrong or not all(isinstance(text, str) for text in texts):
-        name = wrong[0] if wrong else "recipe, machine or torch"
+    right = isinstance(saved.get("data", {}), dict)
+    if wrong or not right or not all(isinstance(text, str) for text in texts):
+        name = wrong[0] if wrong else "recipe, machine, torch or data"
         raise ValueError(f"{path}: {name} is not as these scripts write it")
     return saved
 

@@ -39,6 +39,7 @@ def readable(path):
         ) from error
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said in one line
             # A file of a few bytes can claim a hundred million pixels.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield Image

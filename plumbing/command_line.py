@@ -181,7 +181,7 @@ def ignored(args, size_of_init):
         read = READ_BY_EVAL - ({"image_size"} if size_of_init else set())
         yield "--eval", flags.keys() - read - ({"seed"} if "masking" in flags else set())
     if args.benchmark:
-        yield "--benchmark", {"save_every", "log_every", "eval_images", "eval_split"}
+        yield "--benchmark", {"save_every", "log_every", "eval_images"}
     if init not in (None, "random"):
         yield "--init CHECKPOINT", {
             "model", "positions", "layer_scale", "vocab_size", "hidden", "groups",

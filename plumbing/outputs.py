@@ -30,8 +30,8 @@ def check_new(path, data=None):
 
 def check_outside(out, data):
     """Raise ValueError if `out` lies in the folder `data`: pictures there would be its images."""
-    out, folder = os.path.realpath(out), os.path.realpath(data or "")
-    if data and os.path.isdir(folder) and os.path.commonpath([out, folder]) == folder:
+    out, folder = Path(os.path.realpath(out)), Path(os.path.realpath(data or ""))
+    if data and folder.is_dir() and folder in (out, *out.parents):
         raise ValueError(f"{out} lies inside the data {data}: choose a folder outside it")
 
 

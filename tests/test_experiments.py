@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import beit
 import reproduce
+from beit import model_config
 from experiments import (
     HERE,
     attention,
@@ -297,6 +298,13 @@ def test_grid14_plans_what_it_runs(no_processes, tmp_path):
     assert len(claims) == 2 * (len(paper.MASKING) - 1)
     with pytest.raises(SystemExit):
         reproduce.main(["--grid14", "--out", str(tmp_path / "demo")])
+
+
+def test_report_and_models_exist_for_every_recipe():
+    """Each column of RECIPES has a smaller model that exists, and its report can be written."""
+    for recipe, model in zip(paper.COLUMNS, paper.RECIPES["small_model"]):
+        assert model_config(model).dim < 128
+        assert recipe in report.page(recipe, {})
 
 
 def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
