@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import beit
 import reproduce
-from beit import model_config
 from experiments import (
     HERE,
     attention,
@@ -303,7 +302,7 @@ def test_grid14_plans_what_it_runs(no_processes, tmp_path):
 def test_report_and_models_exist_for_every_recipe():
     """Each column of RECIPES has a smaller model that exists, and its report can be written."""
     for recipe, model in zip(paper.COLUMNS, paper.RECIPES["small_model"]):
-        assert model_config(model).dim < 128
+        assert beit.model_config(model).dim < 128
         assert recipe in report.page(recipe, {})
 
 
