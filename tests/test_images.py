@@ -1,5 +1,6 @@
 """Sources, named sets and downloads, views, augmentation, batches and conversion."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import struct
 import sys
 import tarfile
 import threading
+import types
 import zipfile
 import zlib
 
@@ -244,9 +246,41 @@ def test_conversion_on_a_full_disk_leaves_nothing(arrays, tmp_path, destination,
             convert.main(wanted)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    wanted[-1] = "100000000"
+    room = types.SimpleNamespace(total=2**40, free=1000)
+    monkeypatch.setattr("plumbing.outputs.shutil.disk_usage", lambda path: room)
     with pytest.raises(ValueError, match="make room"):
         convert.main(wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [None, errno.EOPNOTSUPP])
+def test_a_new_array_has_all_its_bytes_on_the_disk(error, tmp_path, monkeypatch):
+    """Header and pixels are reserved, also where the file system cannot; none is a hole."""
+    fallocate = os.posix_fallocate
+    asked = []
+
+    def reserve(file, start, size):
+        asked.append(size)
+        if error:
+            raise OSError(error, "not here")
+        fallocate(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    convert.make_array(tmp_path / "new.npy", (9, 8, 8, 3))
+    size = len(npy(np.zeros((9, 8, 8, 3), np.uint8)))
+    assert (tmp_path / "new.npy").stat().st_size == size and asked == [size]
+    assert not np.load(tmp_path / "new.npy").any()
+
+
+def test_an_error_of_the_source_is_not_called_one_of_the_disk(arrays, tmp_path, monkeypatch):
+    """It names the set that is converted."""
+
+    def read(self, indices):
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(sources.Arrays, "read", read)
+    with pytest.raises(ValueError, match="train cannot be converted: Stale file handle"):
+        convert.main([arrays, str(tmp_path / "new"), "--size", "8"])
     assert list(tmp_path.iterdir()) == []
 
 
