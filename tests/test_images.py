@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 import finetune_seg
-from images import arrays as arrays_module
 from images import (
     augment,
     batches,
@@ -37,7 +36,7 @@ from images import (
     sources,
     views,
 )
-from plumbing import command_line
+from plumbing import command_line, memory
 
 # -------------------------------------------------------- views and batches
 
@@ -389,11 +388,11 @@ def test_damaged_archive_is_refused_in_one_line(case, tmp_path):
 
 
 def test_arrays_larger_than_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    """An archive whose arrays take more than is free; the same arrays in a folder are mapped."""
+    """An archive whose arrays take more than there is; the same arrays in a folder are mapped."""
     np.savez(tmp_path / "set.npz", train_images=PIXELS)
     np.save(tmp_path / "train_images.npy", PIXELS)
-    monkeypatch.setattr(arrays_module, "free_memory", lambda: 500)
-    with pytest.raises(ValueError, match="take 576 bytes, and 500 bytes of memory are free"):
+    monkeypatch.setattr(memory, "available", lambda device: 500)
+    with pytest.raises(ValueError, match="take 576 bytes, and there are 500 bytes of memory"):
         sets.open_source(str(tmp_path / "set.npz"), "train")
     assert len(sets.open_source(str(tmp_path), "train")) == 9
 
