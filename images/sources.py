@@ -147,14 +147,14 @@ class Files:
             self.mask_check()
 
     def open(self, indices):
-        """The photos.Photo at the one index. Raises ValueError naming a file without a header."""
+        """The photos.Photo at the one index. Raises Unreadable naming a file without a header."""
         (index,) = indices
         return photos.Photo(self.paths[index], self.depth)
 
     def read(self, indices):
         """The image at the one index as uint8 (1, H, W, 3).
 
-        Raises ValueError naming a file that cannot be decoded.
+        Raises photos.Unreadable naming a file that cannot be decoded.
         """
         return self.open(indices).pixels()
 

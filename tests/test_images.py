@@ -563,6 +563,29 @@ def test_a_pipe_is_no_image(tmp_path):
         sources.Files("one", [tmp_path / "x.png"]).read([0])
 
 
+def test_a_defect_in_a_view_is_not_an_unreadable_file(monkeypatch, capsys):
+    """Its ValueError ends training: nothing is skipped."""
+    monkeypatch.setattr(views, "crop_resize", lambda *arguments: np.stack([]))
+    source = sources.Arrays("some", np.zeros((3, 8, 8), np.uint8))
+    crops = views.Crops(source, [(4, "bicubic")], train=True)
+    with pytest.raises(ValueError, match="need at least one array"):
+        crops.__getitems__([(0, 0)])
+    assert crops.problems() == {} and capsys.readouterr().err == ""
+
+
+def test_an_unreadable_file_in_a_loader_process_is_named_in_one_line(tmp_path, capsys):
+    """In evaluation, without the traceback and the name of the exception."""
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "a.png").write_text("no image")
+    source = sources.Files("one", [tmp_path / "a.png"])
+    crops = views.Crops(source, [(4, "bicubic")], train=False)
+    with pytest.raises(SystemExit) as stopped, command_line.one_line_errors():
+        list(batches.loader(crops, [[(-1, 0)]], 1))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert f": error: {tmp_path}/a.png is not a readable image: cannot identify" in error
+
+
 @pytest.mark.parametrize("mask", ["colour", "size", "range"])
 def test_bad_mask_is_skipped_counted_and_named(mask, tmp_path, capsys):
     """In training the next pair takes its place; in evaluation it is an error in one line."""
