@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from images import sources
-from plumbing import outputs
+from plumbing import memory, outputs
 
 FIRST = 2**14  # bytes to read: a header is shorter, though it can claim to have gigabytes
 NEWER = np.lib.format.read_array_header_2_0  # version 3 differs in the names of fields only
@@ -51,24 +52,24 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A .npy file at `path`, or a member of the archive there."""
+class Member:
+    """One array of a set: the .npy file at `path`, or what `info` names in the archive there."""
 
     path: Path
     archive: zipfile.ZipFile | None = None
-    member: zipfile.ZipInfo | None = None
+    info: zipfile.ZipInfo | None = None
 
     def __str__(self):
-        return f"{self.path}: {self.member.filename}" if self.member else str(self.path)
+        return f"{self.path}: {self.info.filename}" if self.info else str(self.path)
 
     def open(self):
         """A binary file of its content."""
-        return self.archive.open(self.member) if self.archive else open(self.path, "rb")
+        return self.archive.open(self.info) if self.archive else open(self.path, "rb")
 
     def header(self):
         """Its Header. Raises ValueError unless its shape fills exactly what follows the header."""
         if self.archive:
-            size = self.member.file_size
+            size = self.info.file_size
         else:
             status = os.stat(self.path)
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
@@ -106,39 +107,40 @@ def read_split(path, split):
     Raises NoSplit without SPLIT_images, and ValueError or OSError saying what is wrong.
     """
     if path.is_dir():
-        return read_entries(path, split, {file.stem: Entry(file) for file in path.glob("*.npy")})
+        return read_members(path, split, {file.stem: Member(file) for file in path.glob("*.npy")})
     with open(path, "rb") as file, contextlib.ExitStack() as stack:
         with whole(path):
             archive = stack.enter_context(zipfile.ZipFile(file))
-            members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
-        entries = {m.filename.removesuffix(".npy"): Entry(path, archive, m) for m in members}
-        if len(entries) < len(members):
+            infos = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        members = {i.filename.removesuffix(".npy"): Member(path, archive, i) for i in infos}
+        if len(members) < len(infos):
             raise ValueError(f"{path} is not a whole array file: two arrays have the same name")
-        return read_entries(path, split, entries)
+        return read_members(path, split, members)
 
 
-def read_entries(path, split, entries):
-    """The Arrays of one split from {name: Entry}."""
-    if f"{split}_images" not in entries:
-        shown = ", ".join(sorted(entries)[:20])
+def read_members(path, split, members):
+    """The Arrays of one split from {name: Member}."""
+    if f"{split}_images" not in members:
+        shown = ", ".join(sorted(members)[:20])
         raise sources.NoSplit(f"{path}: it has no array {split}_images; it has {shown}")
     wanted = {part: f"{split}_{part}" for part in ("images", "labels", "masks")}
     wanted |= {part: part for part in ("classes", "mask_classes")}
-    found = {part: entries[name] for part, name in wanted.items() if name in entries}
-    headers = {part: entry.header() for part, entry in found.items()}
+    found = {part: members[name] for part, name in wanted.items() if name in members}
+    headers = {part: member.header() for part, member in found.items()}
     sources.check_types(
         f"{path} {split}", *(headers.get(part) for part in ("images", "labels", "masks"))
     )
     for part, limit in (("classes", sources.MAX_CLASSES), ("mask_classes", sources.IGNORE)):
         if part in headers:
             check_list(f"{path} {part}", headers[part], limit)
-    needed = sum(headers[part].nbytes() for part, entry in found.items() if entry.archive)
-    if needed > (free := free_memory()):
+    needed = sum(headers[part].nbytes() for part, member in found.items() if member.archive)
+    if needed > (there := memory.available(torch.device("cpu"))):
         raise ValueError(
-            f"{path}: its arrays take {outputs.in_words(needed)}, and {outputs.in_words(free)} of "
-            "memory are free: a folder of .npy files is memory-mapped instead of read"
+            f"{path}: its arrays take {outputs.in_words(needed)}, and there are "
+            f"{outputs.in_words(there)} of memory: a folder of .npy files is memory-mapped instead "
+            "of read"
         )
-    arrays = {part: entry.read(headers[part]) for part, entry in found.items()}
+    arrays = {part: member.read(headers[part]) for part, member in found.items()}
     for part in ("classes", "mask_classes"):
         if part in arrays:
             arrays[part] = names_in(found[part], arrays[part])
@@ -154,20 +156,10 @@ def check_list(name, header, limit):
         )
 
 
-def names_in(entry, array):
+def names_in(member, array):
     """A list of class names as strings. Raises ValueError if one is no text."""
-    with whole(entry):  # numpy takes any four bytes for a character
+    with whole(member):  # numpy takes any four bytes for a character
         values = array.tolist()
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in values]
         "".join(names).encode()
     return names
-
-
-def free_memory():
-    """Bytes of memory and swap that are free, where the system says; else infinity."""
-    try:
-        with open("/proc/meminfo") as file:
-            sizes = dict(line.split(":") for line in file)
-        return sum(1024 * int(sizes[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError, ValueError):
-        return math.inf

@@ -119,7 +119,8 @@ class Loader(DataLoader):
     def __iter__(self):
         try:
             made = super().__iter__()
-            if self.num_workers and threading.current_thread() is threading.main_thread():
+            in_main = threading.current_thread() is threading.main_thread()
+            if self.num_workers and in_main and hasattr(signal, "SIGCHLD"):  # not on Windows
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from made
         except Exception as error:

@@ -92,7 +92,7 @@ def make_array(path, shape):
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open(path, "xb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        outputs.reserve(file, math.prod(shape))
+        outputs.reserve(file, file.tell() + math.prod(shape))
 
 
 def convert_split(source, size, split, folder, workers=None):
@@ -107,9 +107,12 @@ def convert_split(source, size, split, folder, workers=None):
     starts = range(0, len(source), CHUNK)
     chunks = [range(start, min(start + CHUNK, len(source))) for start in starts]
     progress, done = Progress(split, len(source)), 0
-    for count in batches.loader(Squares(source, size, files), chunks, workers):
-        done += count
-        progress.show(done)
+    try:
+        for count in batches.loader(Squares(source, size, files), chunks, workers):
+            done += count
+            progress.show(done)
+    except OSError as error:  # not of the files written: they have their bytes on the disk
+        raise ValueError(f"{source.name} cannot be converted: {error}") from error
     if source.labels is not None:
         np.save(folder / f"{split}_labels.npy", source.labels)
 
@@ -144,15 +147,14 @@ def main(argv=None):
     parser = command_line.Parser(f"{__doc__}\n{sets.__doc__}")
     parser.add_argument("source", help="data set to convert, see above")
     parser.add_argument("destination", help="new .npz file, or new folder for .npy files")
-    parser.add_argument("--size", type=int, required=True, help="pixels along each side")
+    size = "pixels along each side"
+    command_line.add_number(parser, "--size", int, "[1, 65536]", size, required=True)
     parser.add_argument(
         "--data-dir", help="folder with a named set's own files, or where to download them to"
     )
     args = parser.parse_args(argv)
     destination = Path(args.destination)
     is_archive = destination.suffix == ".npz"
-    if args.size < 1:
-        raise ValueError(f"--size {args.size} must be at least 1 pixel")
     if destination.exists():
         raise ValueError(f"{destination} exists already: choose a new name")
     outputs.check_outside(destination, args.source)

@@ -249,7 +249,7 @@ def check_values(root, masks, classes):
     for mask in masks:
         try:
             values |= set(np.unique(photos.read_mask(mask)).tolist())
-        except ValueError as error:  # a single one is named when it is read
+        except photos.Unreadable as error:  # a single one is named when it is read
             errors.append(error)
     if errors and not values:
         raise errors[0]

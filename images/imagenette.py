@@ -4,6 +4,7 @@ The published archive has 9,469 photographs in `train` and 3,925 in `val`, short
 `val` is the test split here, and a tenth of its `train`, chosen by a hash of the name, is val.
 """
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import downloads, folders, sources
+from images import arrays, downloads, folders, sources
 from plumbing import log, signals
 
 URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
@@ -45,42 +46,43 @@ def imagenette(split, data_dir=None):
     that fails, or if the arrays are damaged.
     """
     found = downloads.data_folders(data_dir)
-    arrays = found[-1] / f"imagenette-{SIZE}"
-    if not arrays.is_dir():
+    decoded = found[-1] / f"imagenette-{SIZE}"
+    if not decoded.is_dir():
         found[-1].mkdir(parents=True, exist_ok=True)
-        lock = arrays.with_suffix(".lock")
+        lock = decoded.with_suffix(".lock")
         with open(lock, "ab") as file, downloads.exclusive(file):
-            if not arrays.is_dir():  # another process may have made them while this one waited
+            if not decoded.is_dir():  # another process may have made them while this one waited
                 with signals.at_once("before the photographs of imagenette were decoded"):
-                    make_arrays(found, arrays)
-            lock.unlink(missing_ok=True)  # those who still wait for it will find the arrays
+                    make_arrays(found, decoded)
+        with contextlib.suppress(OSError):  # on Windows it stays while others wait for it
+            lock.unlink()  # they will find the arrays
     try:
-        images = np.load(arrays / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(arrays / f"{split}_labels.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{arrays} is damaged ({error}): delete it and start again") from error
-    return sources.Arrays(f"imagenette {split}", images, labels, classes=CLASSES.values())
+        source = arrays.read_split(decoded, split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{decoded} is damaged ({error}): delete it and start again") from error
+    source.name = f"imagenette {split}"
+    return source
 
 
-def make_arrays(found, arrays):
-    """Decode all photographs into the new folder `arrays`; found: see downloads.data_folders.
+def make_arrays(found, decoded):
+    """Decode all photographs into the new folder `decoded`; found: see downloads.data_folders.
 
     The folder gets its name only when it is complete.
     """
     from images import convert  # which can convert this set too, so it imports it
 
-    unfinished = arrays.with_suffix(".tmp")
+    unfinished = decoded.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir()
     try:
         root = unpacked(found[-1]) or unpack(found, unfinished / "photographs")
-        log.note(f"imagenette: decoding the photographs of {root} once, into {arrays}")
+        log.note(f"imagenette: decoding the photographs of {root} once, into {decoded}")
         result = unfinished / "arrays"
         result.mkdir()
         np.save(result / "classes.npy", np.array([*CLASSES.values()]))
         for split in sources.SPLITS:
             convert.convert_split(photographs(root, split), SIZE, split, result)
-        result.rename(arrays)
+        result.rename(decoded)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

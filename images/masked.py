@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from images import augment, batches, sets, sources, views
+from images import augment, batches, photos, sets, sources, views
 from plumbing import log, noise
 
 
@@ -37,10 +37,10 @@ class MaskedImages(views.Samples):
         return f"{self.source.name}, mask {index}" if self.one_size else self.source.masks[index]
 
     def check_mask(self, mask, name):
-        """Raise ValueError naming the mask if a value is neither a class nor IGNORE."""
+        """Raise Unreadable naming the mask if a value is neither a class nor IGNORE."""
         wrong = mask[(mask != sources.IGNORE) & (mask >= self.classes)]
         if len(wrong):
-            raise ValueError(
+            raise photos.Unreadable(
                 f"{name}: mask value {int(wrong[0])} is out of range for {self.classes} classes "
                 f"({sources.IGNORE}: ignored)"
             )
@@ -48,14 +48,14 @@ class MaskedImages(views.Samples):
     def read_pair(self, indices):
         """The image (1, H, W, 3) and mask (1, H, W) at the one index, both uint8.
 
-        Raises ValueError naming the mask if their sizes differ or a value is no class.
+        Raises Unreadable naming the mask if their sizes differ or a value is no class.
         """
         image, mask = self.source.read(indices), self.source.read_masks(indices)
         (index,) = indices
         name = self.mask_name(index)
         if image.shape[1:3] != mask.shape[1:3]:
             height, width = image.shape[1:3]
-            raise ValueError(
+            raise photos.Unreadable(
                 f"{name}: the mask has {mask.shape[1]}x{mask.shape[2]} pixels, its image "
                 f"{height}x{width}"
             )

@@ -24,11 +24,15 @@ FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"
 ORIENTATION = 0x0112  # EXIF's number for it; 1: upright
 
 
+class Unreadable(ValueError):
+    """An image or its mask cannot be read or used: training skips it. The message names it."""
+
+
 @contextlib.contextmanager
 def readable(path):
-    """Pillow's module Image, to read `path` with. Raises ValueError naming the file if that fails.
+    """Pillow's module Image, to read `path` with. Raises Unreadable if that fails.
 
-    Or if Pillow is not installed.
+    Raises ValueError if Pillow is not installed.
     """
     try:
         from PIL import Image
@@ -44,7 +48,7 @@ def readable(path):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield Image
     except Exception as error:  # OSError, SyntaxError, ValueError, Pillow's own bomb error, ...
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+        raise Unreadable(f"{path} is not a readable image: {error}") from error
 
 
 def orientation(image):
@@ -56,7 +60,7 @@ def orientation(image):
 
 
 class Photo:
-    """An image file. Making one reads only its header; ValueError names a file that has none.
+    """An image file. Making one reads only its header; Unreadable names a file that has none.
 
     size: height and width in pixels, upright. depth: bits that 16-bit images of its set use.
     """
@@ -113,7 +117,8 @@ class Photo:
                 say_clipped(self.depth)
             grey = grey.clip(0, 255).astype(np.uint8)
             return np.repeat(grey[None, ..., None], 3, axis=3)
-        return np.array(image.convert("RGB"))[None]
+        with readable(self.path):
+            return np.array(image.convert("RGB"))[None]
 
 
 @functools.cache  # once in each process
@@ -128,16 +133,16 @@ def say_clipped(depth):
 def read_mask(path):
     """The class numbers of an annotation as uint8 (H, W).
 
-    Raises ValueError naming the file unless it holds one number per pixel, at most 255.
+    Raises Unreadable naming the file unless it holds one number per pixel, at most 255.
     """
     values = np.asarray(Photo(path).load())
     if values.ndim != 2:
-        raise ValueError(
+        raise Unreadable(
             f"{path} is a colour image: a mask needs one class number per pixel, as a grey or "
             "palette image"
         )
     if values.max(initial=0) > 255 or values.min(initial=0) < 0:
-        raise ValueError(f"{path}: mask value {values.max()} is out of range: at most 255")
+        raise Unreadable(f"{path}: mask value {values.max()} is out of range: at most 255")
     return values.astype(np.uint8)
 
 

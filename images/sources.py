@@ -147,14 +147,14 @@ class Files:
             self.mask_check()
 
     def open(self, indices):
-        """The photos.Photo at the one index. Raises ValueError naming a file without a header."""
+        """The photos.Photo at the one index. Raises Unreadable naming a file without a header."""
         (index,) = indices
         return photos.Photo(self.paths[index], self.depth)
 
     def read(self, indices):
         """The image at the one index as uint8 (1, H, W, 3).
 
-        Raises ValueError naming a file that cannot be decoded.
+        Raises photos.Unreadable naming a file that cannot be decoded.
         """
         return self.open(indices).pixels()
 
@@ -176,15 +176,16 @@ def fingerprint(source):
     """{what: value} of a data set by which a change is noticed, quickly even for a large one.
 
     Number of images, class names, a digest of all labels, and a digest of the content: of files
-    their names and sizes, of arrays their shape and SAMPLED images with masks.
+    their names and the sizes of SAMPLED images and their masks, of arrays their shape and SAMPLED
+    images with masks.
     """
     shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
     content = hashlib.blake2b(digest_size=8)
     if isinstance(source, Files):
         for path in source.paths:
             content.update("/".join(path.parts[-2:]).encode(errors="surrogateescape"))
-        for index in shown:
-            path = source.paths[index]
+        listed = [source.paths, source.masks] if source.masks else [source.paths]
+        for path in (paths[index] for paths in listed for index in shown):
             content.update(str(path.stat().st_size if path.exists() else None).encode())
     else:
         content.update(str(source.images.shape).encode())

@@ -114,7 +114,7 @@ class Samples(Dataset):
             try:
                 moved = [(index + offset) % len(self) for index in indices]
                 return [reader(moved) for reader in readers]
-            except ValueError as error:
+            except photos.Unreadable as error:  # no other: it would be a defect of ours
                 if not self.train:
                     raise
                 self.skipped += 1

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -325,7 +326,8 @@ def ending(error):
         return signals.STOPPED, str(error)
     if isinstance(error, KeyboardInterrupt):
         return signals.INTERRUPTED, "interrupted"
-    line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
+    line = (str(error).strip() or repr(error)).splitlines()[-1]
+    line = re.sub(rf"^[\w.]*\b{type(error).__name__}: ", "", line)
     if full := memory.exhausted(error):
         line = full
     elif isinstance(error, RuntimeError):

@@ -1,7 +1,8 @@
 """Memory: how much a run needs at least, against what there is, before anything is allocated.
 
 Everything here is a lower bound, so that no run is refused that would have fitted: half precision
-for activations, only the largest tensors, nothing for the loader, and all of the machine's memory.
+for activations, only the largest tensors, nothing for the loader, and all of the machine's memory
+and swap.
 """
 
 import math
@@ -24,14 +25,24 @@ SIZES = ("image_size", "model", "decoder_dim", "vocab_size", "hidden", "blocks_p
 def available(device):
     """Bytes that there are for this process: a GPU's free memory, or a share of the machine's.
 
-    The machine's is limited by its cgroups, and shared among torchrun's processes on it.
+    The machine's is limited by its cgroups, and shared among torchrun's processes on it. Its swap
+    counts as memory.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf"):  # Windows: not known
         return math.inf
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *cgroup_limits()]
-    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (min(limits) + swap()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def swap(path="/proc/meminfo"):
+    """Bytes of swap that the machine has; 0 if it does not say."""
+    try:
+        sizes = dict(line.split(":") for line in Path(path).read_text().splitlines())
+        return 1024 * int(sizes["SwapTotal"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux
+        return 0
 
 
 def cgroup_limits(root="/sys/fs/cgroup", groups="/proc/self/cgroup"):

@@ -55,7 +55,7 @@ def in_words(size):
 
 
 def reserve(file, size):
-    """Give an open new file `size` bytes that are on the disk, so that filling them cannot fail.
+    """Make an open new file `size` bytes long, all on the disk, so that filling it cannot fail.
 
     A memory-mapped file with holes would end the process (SIGBUS) where the disk is full. Raises
     OSError if it is.
@@ -66,7 +66,7 @@ def reserve(file, size):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         zeros = bytes(2**20)
-        for start in range(0, size, len(zeros)):
+        for start in range(file.tell(), size, len(zeros)):  # after what was written
             file.write(zeros[: size - start])
 
 

@@ -180,6 +180,32 @@ def test_a_run_is_not_resumed_on_other_data(arrays, made, tmp_path, monkeypatch)
     finetune_cls.main(["--resume", "--out", str(tmp_path / "run")])
 
 
+def test_a_run_is_not_resumed_on_other_masks(arrays, made, tmp_path):
+    """The annotations of a folder are replaced under the same names, and put back."""
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    data, run = tmp_path / "set", tmp_path / "run"
+    for part, split in (("images", "train"), ("images", "val"), ("annotations", "train"),
+                        ("annotations", "val")):  # fmt: skip
+        (data / part / split).mkdir(parents=True)
+        for i in range(8):
+            shape = (16, 16, 3) if part == "images" else (16, 16)
+            pixels = rng.integers(0, 256 if part == "images" else 2, shape, np.uint8)
+            image.fromarray(pixels).save(data / part / split / f"{i}.png")
+    (data / "classes.txt").write_text("ground\nobject\n")
+    flags = [*script_flags("seg", arrays, made), "--data", str(data), "--workers", "0"]
+    finetune_seg.main([*flags, "--out", str(run)])
+    mask = data / "annotations" / "train" / "3.png"
+    before = mask.read_bytes()
+    image.new("L", (16, 16), 1).save(mask)
+    checkpoints.LOCKS.clear()
+    with pytest.raises(ValueError, match="the content .* of the training data changed"):
+        finetune_seg.main(["--resume", "--out", str(run)])
+    mask.write_bytes(before)
+    checkpoints.LOCKS.clear()
+    finetune_seg.main(["--resume", "--out", str(run)])
+
+
 def test_a_run_is_not_resumed_with_another_tokenizer(arrays, made, tmp_path):
     """The file under --tokenizer is replaced by another training's: one line."""
     tokenizer = tmp_path / "tokenizer.pt"

@@ -344,8 +344,18 @@ def test_cgroups_limit_the_memory(tmp_path, monkeypatch):
     assert sorted(memory.cgroup_limits(tmp_path, groups)) == [5000, 7000, 9000]
     assert memory.cgroup_limits(tmp_path, tmp_path / "none") == []
     monkeypatch.setattr(memory, "cgroup_limits", lambda: [9000])
+    monkeypatch.setattr(memory, "swap", lambda: 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert memory.available(torch.device("cpu")) == 3000 < math.inf
+    monkeypatch.setattr(memory, "swap", lambda: 600)
+    assert memory.available(torch.device("cpu")) == 3200
+
+
+def test_swap_is_read_in_kilobytes(tmp_path):
+    """As Linux says it; elsewhere none."""
+    (tmp_path / "meminfo").write_text("MemTotal:    8000 kB\nSwapTotal:      2048 kB\n")
+    assert memory.swap(tmp_path / "meminfo") == 2**21
+    assert memory.swap(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize("make", [lambda: np.empty(2**55), lambda: torch.empty(2**55)])

@@ -1,5 +1,6 @@
 """Sources, named sets and downloads, views, augmentation, batches and conversion."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import struct
 import sys
 import tarfile
 import threading
+import types
 import zipfile
 import zlib
 
@@ -22,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 import finetune_seg
-from images import arrays as arrays_module
 from images import (
     augment,
     batches,
@@ -35,7 +36,7 @@ from images import (
     sources,
     views,
 )
-from plumbing import command_line
+from plumbing import command_line, memory
 
 # -------------------------------------------------------- views and batches
 
@@ -244,9 +245,41 @@ def test_conversion_on_a_full_disk_leaves_nothing(arrays, tmp_path, destination,
             convert.main(wanted)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    wanted[-1] = "100000000"
+    room = types.SimpleNamespace(total=2**40, free=1000)
+    monkeypatch.setattr("plumbing.outputs.shutil.disk_usage", lambda path: room)
     with pytest.raises(ValueError, match="make room"):
         convert.main(wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [None, errno.EOPNOTSUPP])
+def test_a_new_array_has_all_its_bytes_on_the_disk(error, tmp_path, monkeypatch):
+    """Header and pixels are reserved, also where the file system cannot; none is a hole."""
+    fallocate = os.posix_fallocate
+    asked = []
+
+    def reserve(file, start, size):
+        asked.append(size)
+        if error:
+            raise OSError(error, "not here")
+        fallocate(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    convert.make_array(tmp_path / "new.npy", (9, 8, 8, 3))
+    size = len(npy(np.zeros((9, 8, 8, 3), np.uint8)))
+    assert (tmp_path / "new.npy").stat().st_size == size and asked == [size]
+    assert not np.load(tmp_path / "new.npy").any()
+
+
+def test_an_error_of_the_source_is_not_called_one_of_the_disk(arrays, tmp_path, monkeypatch):
+    """It names the set that is converted."""
+
+    def read(self, indices):
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(sources.Arrays, "read", read)
+    with pytest.raises(ValueError, match="train cannot be converted: Stale file handle"):
+        convert.main([arrays, str(tmp_path / "new"), "--size", "8"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -355,11 +388,11 @@ def test_damaged_archive_is_refused_in_one_line(case, tmp_path):
 
 
 def test_arrays_larger_than_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    """An archive whose arrays take more than is free; the same arrays in a folder are mapped."""
+    """An archive whose arrays take more than there is; the same arrays in a folder are mapped."""
     np.savez(tmp_path / "set.npz", train_images=PIXELS)
     np.save(tmp_path / "train_images.npy", PIXELS)
-    monkeypatch.setattr(arrays_module, "free_memory", lambda: 500)
-    with pytest.raises(ValueError, match="take 576 bytes, and 500 bytes of memory are free"):
+    monkeypatch.setattr(memory, "available", lambda device: 500)
+    with pytest.raises(ValueError, match="take 576 bytes, and there are 500 bytes of memory"):
         sets.open_source(str(tmp_path / "set.npz"), "train")
     assert len(sets.open_source(str(tmp_path), "train")) == 9
 
@@ -528,6 +561,29 @@ def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ValueError, match="x.png is not a readable image: it is not a regular file"):
         sources.Files("one", [tmp_path / "x.png"]).read([0])
+
+
+def test_a_defect_in_a_view_is_not_an_unreadable_file(monkeypatch, capsys):
+    """Its ValueError ends training: nothing is skipped."""
+    monkeypatch.setattr(views, "crop_resize", lambda *arguments: np.stack([]))
+    source = sources.Arrays("some", np.zeros((3, 8, 8), np.uint8))
+    crops = views.Crops(source, [(4, "bicubic")], train=True)
+    with pytest.raises(ValueError, match="need at least one array"):
+        crops.__getitems__([(0, 0)])
+    assert crops.problems() == {} and capsys.readouterr().err == ""
+
+
+def test_an_unreadable_file_in_a_loader_process_is_named_in_one_line(tmp_path, capsys):
+    """In evaluation, without the traceback and the name of the exception."""
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "a.png").write_text("no image")
+    source = sources.Files("one", [tmp_path / "a.png"])
+    crops = views.Crops(source, [(4, "bicubic")], train=False)
+    with pytest.raises(SystemExit) as stopped, command_line.one_line_errors():
+        list(batches.loader(crops, [[(-1, 0)]], 1))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert f": error: {tmp_path}/a.png is not a readable image: cannot identify" in error
 
 
 @pytest.mark.parametrize("mask", ["colour", "size", "range"])
