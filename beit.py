@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 STD = 0.02  # of the truncated normal that initialises every matrix (appendix)
+SDPA_ON = ("cuda",)  # on CPUs SDPA's backward is slower in bf16 than the plain products
 
 
 @dataclass
@@ -150,11 +151,10 @@ class Attention(nn.Module):
     def attend(self, x, bias):
         """The weighted sums of v, all heads side by side: (B, N+1, D) -> (B, N+1, D)."""
         q, k, v = self.project(x)
-        if bias is not None:
-            bias = bias.to(q.dtype)
-        if x.is_cuda:
+        bias = None if bias is None else bias.to(q.dtype)
+        if x.device.type in SDPA_ON:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        else:  # on CPUs SDPA's backward is slower in bf16 than the plain products
+        else:
             out = self.weights(q, k, bias) @ v
         return out.transpose(1, 2).flatten(2)  # (B, N+1, D)
 

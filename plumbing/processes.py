@@ -30,10 +30,12 @@ class Process:
 def setup(device, amp):
     """Join torchrun's process group if there is one; return this Process.
 
-    device: auto, cpu or cuda; amp: auto, off, bf16 or fp16. gloo on CPUs, nccl on GPUs. Raises
-    ValueError for a device that this machine does not have.
+    device: auto, cpu or cuda; amp: auto, off, bf16 or fp16. gloo on CPUs, nccl on GPUs. From here
+    on float32 is float32. Raises ValueError for a device that this machine does not have.
     """
     device = find_device(device)
+    # cuDNN's default, TF32, has 10 bits: Encoder.exact's tokens would depend on the device.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rank, world = join(device) if "RANK" in os.environ else (0, 1)
     return Process(device, rank, world, *precision(amp, device))
 

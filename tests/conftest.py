@@ -10,6 +10,20 @@ from experiments import short_runs
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
 
+def pytest_configure(config):
+    """The marks that -m can choose."""
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "slow: left out unless -m names it")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip slow tests unless -m names them."""
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run it with -m slow"))
+
+
 @pytest.fixture(scope="session")
 def arrays(tmp_path_factory):
     """Path of a tiny data set, as --data takes it: see short_runs.make_arrays."""

@@ -1,0 +1,288 @@
+"""What is different on a GPU: attention, TF32, fp16, --compile, nccl, resuming, memory.
+
+    python -m pytest -m gpu -rs          # on a GPU machine, before days are spent on it
+    python -m pytest -m gpu -s           # also prints memory and rates
+
+Without a GPU, a CPU runs the same tests as far as it can; the rest is skipped.
+"""
+
+import copy
+import gc
+import os
+import shutil
+import time
+
+import pytest
+import torch
+
+import beit
+import dvae
+import pretrain
+from experiments import costs, short_runs
+from plumbing import checkpoints, clock, log, processes, run
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+GPU = [pytest.mark.gpu, NO_GPU]
+COMPILER = pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
+CUDA = pytest.param("cuda", marks=GPU)
+DEVICES = ["cpu", CUDA]
+every_script = pytest.mark.parametrize("stage", short_runs.SCRIPTS)
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """Undo what a test changes in all of torch."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+def flags_on(device, stage, arrays, made):
+    """Flags of a short run of a script, in float32."""
+    return [*short_runs.script_flags(stage, arrays, made), "--device", device]
+
+
+def train(stage, flags, out):
+    """Run a script in this process; the losses of its steps."""
+    short_runs.MODULES[stage].main([*flags, "--out", str(out)])
+    return [record["loss"] for record in log.read_metrics(out) if "loss" in record]
+
+
+# -------------------------------------------------------- one step of pre-training's model
+
+
+def mim_step(device, positions, drop_path=0.5):
+    """(model, its inputs, z): blocks of `base` on a GPU, tiny ones on a CPU; random everything."""
+    tiny = dict(image_size=8, patch_size=2, dim=16, heads=2) if device == "cpu" else {}
+    config = beit.model_config("base", positions=positions, depth=2, drop_path=drop_path, **tiny)
+    torch.manual_seed(0)
+    model, N = pretrain.BeitForMaskedImageModeling(config, 11), config.grid**2
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 1.0 if name.endswith("bias_table") else config.dim**-0.5
+            parameter.add_(spread * torch.randn_like(parameter))
+    x, u = torch.randn(4, 3, config.image_size, config.image_size), torch.rand(4, 2, 2)
+    mask, z = torch.rand(4, N) < 0.4, torch.randint(11, (4, N))
+    chosen = mask.nonzero(as_tuple=True)
+    inputs = [x.to(device), mask.to(device), [i.to(device) for i in chosen], u.to(device)]
+    return model.to(device), inputs, z[chosen].to(device)
+
+
+def numbers(model, inputs, z, autocast=torch.autocast("cpu", enabled=False), call=None):
+    """{name: tensor} of a step: the logits and the gradient of each parameter, in float64."""
+    model.zero_grad()
+    with autocast:
+        logits = (call or model)(*inputs)
+    (8 * pretrain.recovery_loss(logits, z)).sum().backward()  # not too small for fp16
+    found = {name: p.grad.double() for name, p in model.named_parameters()}
+    return {"logits": logits.detach().double()} | found
+
+
+def exact_numbers(model, inputs, z):
+    """The same step computed in float64."""
+    x, mask, chosen, u = inputs
+    return numbers(copy.deepcopy(model).double(), [x.double(), mask, chosen, u.double()], z)
+
+
+def errors(found, exact):
+    """{name: relative error}."""
+    return {name: ((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_sdpa_is_as_exact_as_the_plain_products(device, dtype, positions, monkeypatch):
+    """Logits and every gradient, the relative bias's too, by both ways against float64."""
+    processes.setup(device, "off")
+    step = mim_step(device, positions)
+    autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    monkeypatch.setattr(beit, "SDPA_ON", ())
+    exact, plain = exact_numbers(*step), numbers(*step, autocast)
+    monkeypatch.setattr(beit, "SDPA_ON", (device,))
+    sdpa = numbers(*step, autocast)
+    assert any(not torch.equal(sdpa[name], plain[name]) for name in exact)  # another way indeed
+    plain, sdpa = errors(plain, exact), errors(sdpa, exact)
+    for name in exact:
+        assert sdpa[name] <= 3 * plain[name] + 1e-6, (name, sdpa[name], plain[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_is_not_tf32(device):
+    """A tokenizer's logits under autocast, and in float32 all of it, are float32's, not TF32's.
+
+    TF32's rounding errors are 2^-11, float32's 2^-24. `exact` must switch TF32 off by itself where
+    a script has not, because that is cuDNN's default.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    processes.setup(device, "off")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    torch.manual_seed(0)
+    model = dvae.build(dvae.DVAEConfig(vocab_size=32, hidden=16, groups=3)).to(device)
+    x = torch.rand(4, 3, 32, 32, device=device)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double().encode(x.double(), exact=True).double()
+        found = model.encode(x, exact=True).double()
+    assert (found - exact).norm() / exact.norm() < 3e-6
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=[pytest.mark.slow, COMPILER]), CUDA])
+def test_compiled_model_is_the_eager_one(device):
+    """--compile: logits and gradients of a step in float32, with a shared relative bias."""
+    processes.setup(device, "off")
+    model, inputs, z = mim_step(device, "shared")
+    call = processes.wrap(model, processes.Process(torch.device(device)), True)
+    exact = exact_numbers(model, inputs, z)
+    found = errors(numbers(model, inputs, z, call=call), exact)
+    assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_recompute_keeps_the_gradients_and_less_memory(device):
+    """--recompute, in bf16: test_beit.py shows the same on a CPU."""
+    model, inputs, z = mim_step(device, "shared")
+    autocast, found, peaks = torch.autocast(device, dtype=torch.bfloat16), [], []
+    for model.recompute in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        found.append(numbers(model, inputs, z, autocast))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert max(errors(*found).values()) < 1e-2
+    assert peaks[1] < peaks[0]
+
+
+# -------------------------------------------------------- the scripts
+
+
+@every_script
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp16_skips_a_step_that_overflows(device, stage, arrays, made, tmp_path, monkeypatch):
+    """--amp fp16, with a loss scale that is too large at the second step.
+
+    That step changes no weight and halves the scale; the others change weights, and the log counts
+    one skipped step.
+    """
+    seen, report = [], run.Run.report
+
+    def watch(self, loss, **values):
+        scaler = self.process.scaler
+        seen.append((scaler.get_scale(), copy.deepcopy(list(self.saved[0].parameters()))))
+        if len(seen) < 3:
+            scaler.update(2.0 ** (40 if len(seen) == 1 else 10))
+        report(self, loss, **values)
+
+    monkeypatch.setattr(run.Run, "report", watch)
+    train(stage, [*flags_on(device, stage, arrays, made), "--amp", "fp16"], tmp_path / "run")
+    (_, first), (scale, second), (_, third), _ = seen
+    assert scale == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    *_, last_step, _ = log.read_metrics(tmp_path / "run")
+    assert last_step["skipped_steps"] == 1
+
+
+@every_script
+@pytest.mark.parametrize("device", [CUDA])
+def test_losses_are_those_of_a_cpu(device, stage, arrays, made, tmp_path):
+    """Four steps in float32 with the same masks, crops and depth noise.
+
+    Gumbel noise is another on a GPU, so the tokenizer is a VQ-VAE here.
+    """
+    flags = [*flags_on(device, stage, arrays, made), *short_runs.NOISE[stage], "--lr", "1e-4"]
+    if stage == "tokenizer":
+        place = flags.index("--tau-steps")  # VQ-VAE has none
+        del flags[place : place + 2]
+        flags += ["--quantizer", "vq", "--no-normalise-logits"]
+    here = train(stage, flags, tmp_path / "here")
+    there = train(stage, [*flags, "--device", "cpu"], tmp_path / "there")
+    assert here == pytest.approx(there, rel=1e-3)
+
+
+@every_script
+@pytest.mark.parametrize("device", [CUDA])
+def test_resumed_run_is_the_same_run(device, stage, arrays, made, tmp_path, monkeypatch):
+    """Four steps, against the same run continued from step 0, with deterministic algorithms."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    flags = [*flags_on(device, stage, arrays, made), *short_runs.NOISE[stage], "--amp", "auto"]
+    out = tmp_path / "run"
+    losses, whole = train(stage, flags, out), short_runs.weights(out)
+    (out / "previous.pt").replace(out / "checkpoint.pt")  # as if it had stopped before step 1
+    checkpoints.LOCKS.clear()
+    again = train(stage, ["--resume"], out)
+    assert again[-len(losses) :] == pytest.approx(losses, rel=1e-3)
+    resumed = short_runs.weights(out)
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+
+
+@every_script
+@pytest.mark.parametrize("device", [CUDA])
+def test_all_gpus_equal_one(device, stage, arrays, made, tmp_path):
+    """nccl on the GPUs of this machine (8, 4, 2 or 1 of them) against one without torchrun."""
+    count = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
+    flags = [*flags_on(device, stage, arrays, made), *short_runs.NOISE[stage], "--lr", "1e-4"]
+    flags += ["--no-normalise-logits"] if stage == "tokenizer" else []
+    losses = train(stage, flags, tmp_path / "one")
+    out, script = tmp_path / "all", short_runs.SCRIPTS[stage][0]
+    done = short_runs.torchrun(script, *flags, "--out", str(out), processes=count)
+    assert done.returncode == 0, done.stderr
+    found = [record["loss"] for record in log.read_metrics(out) if "loss" in record]
+    assert found == pytest.approx(losses, rel=1e-4)
+    one, all_of_them = short_runs.weights(tmp_path / "one"), short_runs.weights(out)
+    assert max((one[name] - all_of_them[name]).abs().mean() for name in one) < 1e-6
+
+
+# -------------------------------------------------------- memory and speed
+
+
+def base_step(images, device):
+    """A function that makes a step of `base` in bf16, without the tokenizer; and its peak bytes."""
+    model = costs.build("pretraining", "base").to(device)
+    optimizer = torch.optim.AdamW(beit.parameter_groups(model, 0.05), fused=True)
+
+    def step():
+        with torch.device(device):
+            with torch.autocast(device, dtype=torch.bfloat16):
+                loss = costs.loss_of("pretraining", "base", model, images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, held_by(model, images)
+
+
+def held_by(model, images):
+    """Peak bytes of such a step by experiments.costs."""
+    held = costs.fixed("pretraining", "base", model)
+    held["weights"] = held["gradients"]  # without the frozen tokenizer
+    return costs.peak(held, images, costs.activations("pretraining", "base")["plain"], False)
+
+
+@pytest.mark.parametrize("images", [64, 128])
+@pytest.mark.parametrize("device", [CUDA])
+def test_memory_of_base_is_the_computed_one(device, images, capsys):
+    """Peak memory of a step against docs/scale.md's way to compute it; prints it and the rate."""
+    step, expected = base_step(images, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < 1.2 * expected:
+        pytest.skip(f"needs {1.2 * expected / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+    for number in range(13):
+        if number == 3:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+        step()
+    torch.cuda.synchronize()
+    rate, peak = 10 * images / (time.perf_counter() - start), torch.cuda.max_memory_allocated()
+    flop = rate * costs.cost("pretraining", "base")["flop"]
+    matrix = clock.matmul_rate(torch.device(device), lambda: torch.autocast(device, torch.bfloat16))
+    with capsys.disabled():
+        print(f"\n{torch.cuda.get_device_name()}, base, bf16, {images} images: {rate:.0f} images/s")
+        print(f"  {flop / 1e12:.0f} TFLOP/s, {flop / matrix:.0%} of large matrix products' rate")
+        print(f"  peak memory {peak / 1e9:.1f} GB, computed {expected / 1e9:.1f} GB")
+    assert 0.8 * expected < peak < 1.2 * expected
