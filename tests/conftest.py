@@ -12,16 +12,16 @@ torch.set_num_threads(1)  # tiny models gain nothing from more
 
 def pytest_configure(config):
     """The marks that -m can choose."""
-    config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "slow: left out unless -m names it")
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where torch sees none")
+    config.addinivalue_line("markers", "slow: skipped unless -m names it")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Skip slow tests unless -m names them."""
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run it with -m slow"))
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none, and slow tests unless -m names them."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and torch sees none")
+    if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
+        pytest.skip("slow: run it with -m slow")
 
 
 @pytest.fixture(scope="session")
