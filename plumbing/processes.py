@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plumbing import signals
 
-stores = []  # of torchrun's processes, once this process has joined them
+stores = []  # of torchrun's processes, once this process has met them
 FAILED = "failed"  # where the first process to fail leaves its message there
 WAITING = timedelta(minutes=10)  # a process that waits longer for the others gives up
 
@@ -68,9 +68,9 @@ def join(device):
     # torchrun's store outlives a restart (--max-restarts) and then holds the addresses of dead
     # processes (pytorch issue 167288), so each start has a part of the store to itself.
     store = dist.PrefixStore(meet(store, rank, world), store)
+    stores.append(store)  # before they connect, which fails if one of them has failed
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAITING)
-    stores.append(store)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -115,7 +115,7 @@ def announce(message):
     """Tell the other processes why this one ends, so that they can say it; the first one counts."""
     with contextlib.suppress(RuntimeError):  # the store may have ended
         if stores:
-            stores[0].compare_set(FAILED, "", f"process {dist.get_rank()}: {message}")
+            stores[0].compare_set(FAILED, "", f"process {os.environ['RANK']}: {message}")
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # they may wait in `meet`
             store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
             store.set(f"here {rank}", f"{FAILED}: process {rank}: {message}")
