@@ -176,7 +176,7 @@ def main(argv=None):
             scaler.scale(loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         if run.allows(step, norm, lr):
             scaler.step(optimizer)
         scaler.update()

@@ -221,7 +221,7 @@ def main(argv=None):
         masks = masks.to(device).long()
         u = noise.depth_noise(model.config, len(x), args.seed, step, process)
         # The mean over the counted pixels of the global batch; times `world` because DDP averages.
-        count = processes.all_sum((masks != sources.IGNORE).sum()).clamp_min(1) / process.world
+        count = run.all_sum((masks != sources.IGNORE).sum()).clamp_min(1) / process.world
         total = 0.0
         for x, masks, u in run.passes(x, masks, u):
             with process.autocast():
@@ -230,7 +230,7 @@ def main(argv=None):
             scaler.scale(pixels / count).backward()
             total += (pixels / count).detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         if run.allows(step, norm, lr):
             scaler.step(optimizer)
         scaler.update()

@@ -347,7 +347,7 @@ def main(argv=None):
         u = noise.depth_noise(model.config, len(x), args.seed, step, process)
         # Masks differ in size, so eq. 1's mean is the sum over all masked tokens of the global
         # batch divided by their count, times `world` because DDP averages over processes.
-        count = processes.all_sum(to_predict.sum()).clamp_min(1) / process.world
+        count = run.all_sum(to_predict.sum()).clamp_min(1) / process.world
         total = 0.0
         for x, pixels, mask, to_predict, u in run.passes(x, pixels, mask, to_predict, u):
             with process.autocast():
@@ -358,7 +358,7 @@ def main(argv=None):
             scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         if run.allows(step, norm, lr):
             scaler.step(optimizer)
         scaler.update()

@@ -172,7 +172,7 @@ def main(argv=None):
             total += loss.detach() / args.accumulate
             statistics.append(of_pass)
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         if run.allows(step, norm, lr):
             scaler.step(optimizer)
             model.track(step, *zip(*statistics))

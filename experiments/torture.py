@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -253,6 +254,73 @@ def restart(bench):
         yield f"{stage}: SIGTERM", orderly and again == 0 and not different_weights(calm, stopped)
 
 
+def node(bench, number, port, out, *flags, launch=()):
+    """Start pretrain.py on one of two nodes: a launcher with two processes.
+
+    launch: further flags of torchrun. What they say is appended to the file node<number>.txt.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    launcher += [f"--node_rank={number}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [*launcher, *launch, SCRIPTS["beit"][0], *flags, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(bench.folder / f"node{number}.txt", "a") as file:
+        return subprocess.Popen(command, cwd=HERE, env=environment, stdout=file, stderr=file)
+
+
+def kill_node(launcher):
+    """kill -9 a launcher and its processes at once, as if the machine had lost its power."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for process in (launcher.pid, *map(int, children)):
+        os.kill(process, signal.SIGKILL)
+    launcher.wait()
+
+
+def free_port():
+    """A port that no program on this machine uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def nodes(bench):
+    """Two launchers of two processes with --nnodes=2 against one of four; a node dies or is late.
+
+    Both are on this machine. Only the first node has a folder OUT, except where they share it.
+    """
+    flags = [*bench.flags("beit"), "--epochs", "5", "--lr", "1e-4", "--save-every", "5"]
+    expected = torchrun("beit", flags, bench.folder / "nodes-one", 4)
+
+    def gap(out):
+        found = short_runs.weights(out)
+        return max((found[name] - expected[name]).abs().max().item() for name in expected)
+
+    first, second = bench.folder / "nodes-first", bench.folder / "nodes-second"
+    port = free_port()
+    both = [node(bench, 0, port, first, *flags), node(bench, 1, port, second, *flags)]
+    held = [launcher.wait(300) for launcher in both] == [0, 0] and gap(first) <= 1e-6
+    yield f"largest difference {gap(first):.1e}, one folder", held and not second.exists()
+
+    port = free_port()
+    both = [node(bench, 0, port, first, "--resume"), node(bench, 1, port, second, "--resume")]
+    held = [launcher.wait(300) for launcher in both] == [1, 1]  # torchrun's own status
+    said = [(bench.folder / f"node{number}.txt").read_text() for number in (0, 1)]
+    held = held and "another process failed" in said[0] and "copy it from 127.0.0.1" in said[1]
+    yield "--resume without the checkpoint on the second node", held
+
+    out, port = bench.folder / "nodes-killed", free_port()
+    both = [node(bench, i, port, out, *flags, launch=["--max-restarts=3"]) for i in (0, 1)]
+    while not (out / "previous.pt").exists() and both[0].poll() is None:
+        time.sleep(0.01)
+    kill_node(both[1])
+    both[1] = node(bench, 1, port, out, *flags, launch=["--max-restarts=3"])
+    held = [launcher.wait(300) for launcher in both] == [0, 0] and gap(out) <= 1e-6
+    yield f"the second killed and started again, largest difference {gap(out):.1e}", held
+
+    alone = node(bench, 1, free_port(), out, *flags, launch=["--rdzv-conf=timeout=3"])
+    held = alone.wait(60) == 1 and "timed out" in (bench.folder / "node1.txt").read_text()
+    yield "the first node never comes: torchrun gives up after its timeout", held
+
+
 def full_disk(bench):
     """The disk fills during a save: one line; the last checkpoint stays, and --resume works."""
     for stage in SCRIPTS:
@@ -326,6 +394,7 @@ EXPERIMENTS = {
     "processes": process_counts,
     "stop": stop,
     "restart": restart,
+    "nodes": nodes,
     "full_disk": full_disk,
     "damage": damage,
     "locked": locked,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing import entries, log, outputs, weights
+from plumbing import entries, log, outputs, processes, weights
 
 CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before it
 
@@ -59,10 +59,7 @@ def open_output(args, rank):
             claim_output(args)
         except (ValueError, OSError) as error:
             message = str(error)
-    answer = [message, args.resume]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    message, args.resume = answer
+    message, args.resume = processes.of_first((message, args.resume))
     if message:
         raise ValueError(message)
     return Path(args.out)
@@ -85,7 +82,7 @@ def claim_output(args):
     if restarts and read_lock(out).get("launcher") == os.getppid():
         args.resume = has_checkpoint
     if args.resume and not has_checkpoint:
-        raise ValueError(f"--resume: there is no {CHECKPOINTS[0]} in {out}")
+        raise ValueError(nothing_in(out))
     if not args.resume and not is_false_start(out, found):
         raise ValueError(
             f"--out {out} is not an empty folder: choose a new one, or --resume to continue it"
@@ -95,6 +92,15 @@ def claim_output(args):
     with outputs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
+
+
+def nothing_in(out):
+    """What is wrong if a run is resumed and the folder OUT has no checkpoint; what to do."""
+    text = f"--resume: there is no {CHECKPOINTS[0]} in {out}"
+    if os.environ.get("GROUP_RANK", "0") == "0":  # torchrun's number of the node
+        return text
+    writer = os.environ.get("MASTER_ADDR")
+    return f"{text} on this node: copy it from {writer}, or share --out between the nodes"
 
 
 def is_false_start(out, found):
@@ -224,7 +230,15 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
     entry is not what these scripts write or does not fit the model, or naming a setting that
     differs from the interrupted run's, except those in FREE_TO_CHANGE, or data that changed.
     """
+    if not any((out / name).exists() for name in CHECKPOINTS):  # on another node than the first
+        raise ValueError(nothing_in(out))
     path, state, damage = newest_whole(out, kind)
+    first = processes.of_first(state["step"])
+    if state["step"] != first:
+        raise ValueError(
+            f"--resume: {path} is of step {state['step']} on this node, and of {first} on that of "
+            "process 0: copy its file, or share --out between the nodes"
+        )
     if damage and not (dist.is_initialized() and dist.get_rank()):
         print(f"{damage}: continuing from {path.name}, step {state['step']}", file=sys.stderr)
     for name, value in vars(args).items():

@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         line = " ".join(message.split())
+        processes.announce(line)
         self.exit(2, f"{self.prog}: error: {line} (options: {self.prog} --help)\n")
 
 
@@ -281,7 +282,7 @@ def remember_flags(parser, argv, size_of_init):
     if not (given.resume and given.out):
         return
     if not any((Path(given.out) / name).exists() for name in checkpoints.CHECKPOINTS):
-        parser.error(f"--resume: there is no {checkpoints.CHECKPOINTS[0]} in {given.out}")
+        parser.error(checkpoints.nothing_in(given.out))
     saved = checkpoints.arguments(given.out, parser)
     if saved is not None:
         flags = {action.dest for action in parser._actions}
@@ -352,7 +353,8 @@ def one_line_errors(stoppable=False):
     except BaseException as error:
         status, line = ending(error) or (1, repr(error))
         signals.kill_children()
-        processes.announce(line.removeprefix("error: "))
+        if not isinstance(error, SystemExit):  # a Parser has announced why
+            processes.announce(line.removeprefix("error: "))
         if status == 1 or status == 2 and sys.flags.dev_mode:
             raise
         if status != 2:

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,9 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from plumbing import signals
 
-stores = []  # of torchrun's processes, once this process has joined them
+stores = []  # of torchrun's processes, once this process has met them
 FAILED = "failed"  # where the first process to fail leaves its message there
+WAITING = timedelta(minutes=10)  # a process that waits longer for the others gives up
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,60 @@ def find_device(name):
 def join(device):
     """Join torchrun's process group: (rank, number of processes)."""
     store, rank, world = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-        # torchrun's store may outlive a restart (--max-restarts) and then holds the addresses of
-        # dead processes (pytorch issue 167288). So each start on one node uses a unique prefix. On
-        # several nodes each torchrun counts restarts for itself, so the count is not shared.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    if rank == 0:  # before anybody else can have joined
-        store.delete_key(FAILED)  # of those before a restart
-    # A process that waits longer than this for the others gives up, so none waits forever.
-    waiting = timedelta(minutes=10)
+    # torchrun's store outlives a restart (--max-restarts) and then holds the addresses of dead
+    # processes (pytorch issue 167288), so each start has a part of the store to itself.
+    store = dist.PrefixStore(meet(store, rank, world), store)
+    stores.append(store)  # before they connect, which fails if one of them has failed
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=waiting)
-    stores.append(store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAITING)
     return dist.get_rank(), dist.get_world_size()
+
+
+def meet(store, rank, world):
+    """Wait for the other processes; return a name for this start that no earlier start had.
+
+    On several nodes each torchrun counts restarts for itself, and some nodes may be new. So every
+    process leaves a token; the first process proposes the list of all tokens, again and again, and
+    begins when all have seen the same list. A list without one's own token is of an earlier start.
+    Raises ValueError if a process fails before, or if one does not come in time.
+    """
+
+    def found(key):
+        return store.get(key).decode() if store.check([key]) else ""
+
+    mine, pause, end = secrets.token_hex(8), 0.01, time.monotonic() + WAITING.total_seconds()
+    store.set(f"here {rank}", mine)
+    while mine not in (begun := found("begun")):
+        here = [found(f"here {r}") for r in range(1 if rank else world)]
+        if said := next((said for said in here if said.startswith(FAILED)), None):
+            raise ValueError(f"another process {said}")
+        if rank == 0:
+            plan = " ".join(here)
+            store.set("plan", plan)
+            late = [str(r) for r in range(1, world) if not here[r] or found(f"seen {r}") != plan]
+            if not late:
+                store.set("begun", plan)
+        elif mine in (plan := found("plan")):
+            store.set(f"seen {rank}", plan)
+        if time.monotonic() > end:
+            who = f"of its {world} processes" if rank else f"for process {', '.join(late)}"
+            raise ValueError(
+                f"process {rank} waited {WAITING} {who}: is torchrun running on every node?"
+            )
+        with signals.at_once("while it waited for the other processes"):
+            time.sleep(pause)
+        pause = min(1.0, 1.2 * pause)
+    return begun.split()[0]
 
 
 def announce(message):
     """Tell the other processes why this one ends, so that they can say it; the first one counts."""
-    for store in stores:
-        with contextlib.suppress(RuntimeError):  # the store may have ended
-            store.compare_set(FAILED, "", f"process {dist.get_rank()}: {message}")
+    with contextlib.suppress(RuntimeError):  # the store may have ended
+        if stores:
+            stores[0].compare_set(FAILED, "", f"process {os.environ['RANK']}: {message}")
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # they may wait in `meet`
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))
+            store.set(f"here {rank}", f"{FAILED}: process {rank}: {message}")
 
 
 def failure_elsewhere(error):
@@ -144,7 +182,9 @@ def wrap(model, process, compile_model):
     if dist.is_initialized():
         ids = [process.device.index] if process.device.type == "cuda" else None
         # Buffers are statistics of the global batch, so all processes have the same already.
-        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(
+            wrapped, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
     return wrapped
 
 
@@ -157,6 +197,14 @@ def passes(model, count, *tensors):
         local = number < count and dist.is_initialized()
         with model.no_sync() if local else contextlib.nullcontext():
             yield parts
+
+
+def of_first(value):
+    """The first process's value, a small object, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def all_sum(tensor):

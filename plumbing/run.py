@@ -7,6 +7,7 @@ It opens --out, resumes, saves, logs, evaluates and stops. It is not a trainer: 
 import math
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from plumbing import checkpoints, entries, outputs, pictures, processes, signals
@@ -45,6 +46,7 @@ class Run:
         self.clock = Clock(args.benchmark, process)
         self.log = Log(self.out, process.rank, steps, self.first)
         self.latest, self.finite = {}, FiniteSteps(self.out, self.first, steps)
+        self.signals = None  # how many signals all processes of torchrun had as this step began
 
     def save(self, step):
         """Write the checkpoint after `step` steps."""
@@ -95,13 +97,30 @@ class Run:
         steps += f", {self.first:,} of them done" if self.first else ""
         note(f"training on {len(train_set):,} images, {images}; {steps}")
 
+    def all_sum(self, count):
+        """Sum of a whole number over all processes, a tensor without dimensions.
+
+        The same exchange tells every process whether one of them has received a signal.
+        """
+        if dist.is_initialized():
+            both = torch.stack((count, count.new_full((), len(signals.received))))
+            count, self.signals = processes.all_sum(both)
+        return count
+
     def passes(self, *tensors):
         """Split the tensors into --accumulate passes: see processes.passes."""
+        if self.signals is None:  # a script that has nothing to sum
+            self.all_sum(torch.zeros((), dtype=torch.int64, device=self.process.device))
         return processes.passes(self.model, self.args.accumulate, *tensors)
 
     def allows(self, step, norm, lr):
-        """True unless the gradient's norm is not finite; see FiniteSteps.allow."""
-        return self.finite.allow(norm, step, lr)
+        """True unless the gradient's norm, a tensor, is not finite; see FiniteSteps.allow.
+
+        Here alone a step waits for its device.
+        """
+        if self.signals is not None:
+            self.signals = self.signals.item()
+        return self.finite.allow(norm.item(), step, lr)
 
     def report(self, loss, **values):
         """Set what to log of this step: the loss of this process, and other numbers."""
@@ -137,7 +156,8 @@ class Run:
 
         Raises signals.Stopped.
         """
-        stop = signals.stop_asked(self.process.device)
+        stop = self.signals if dist.is_initialized() else signals.stop_asked()
+        self.signals = None
         if stop or done % self.args.save_every == 0 or done == self.total:
             self.save(done)
         if stop:

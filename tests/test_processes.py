@@ -7,12 +7,16 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import dataloader
 
+import pretrain
 import reproduce
 from experiments import paper, stages
 from images import batches, convert, downloads, views
@@ -201,6 +205,7 @@ def test_reproduce_waits_for_its_stage_to_save(seconds, presses, tmp_path, monke
 def fail_alone(error):
     """Three processes of which the last fails while the others wait for its numbers."""
     process = processes.setup("cpu", "off")
+    processes.all_sum(torch.ones(1))  # all are connected: gloo itself prints if that fails
     if process.rank == 2:
         raise error
     processes.all_sum(torch.ones(1))
@@ -237,6 +242,65 @@ def test_defect_of_one_process_is_shown_once(tmp_path):
     assert said[-1] == "TypeError: a defect"
     for status, said in others:
         assert status == 2 and len(said) == 1 and "process 2: TypeError('a defect')" in said[0]
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch):
+    """No test waits ten minutes for a process."""
+    monkeypatch.setattr(processes, "WAITING", timedelta(seconds=20))
+
+
+def meeting(store, ranks, world=3):
+    """What `meet` returned or raised in each of these ranks, which start at the same time."""
+
+    def one(rank):
+        try:
+            return processes.meet(store, rank, world)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, ranks))
+
+
+def test_each_start_has_a_name_of_its_own():
+    """Three processes agree; after a restart they agree on another, though the store is the old."""
+    store = dist.HashStore()
+    names = [meeting(store, range(3)) for _ in range(3)]
+    assert all(len(set(start)) == 1 for start in names) and len({start[0] for start in names}) == 3
+
+
+def test_a_start_waits_for_those_that_come_again(monkeypatch):
+    """Tokens of dead processes do not count: two of three give up in one line that names the third.
+
+    When all three come, they meet.
+    """
+    store = dist.HashStore()
+    meeting(store, range(3))
+    with monkeypatch.context() as short:
+        short.setattr(processes, "WAITING", timedelta(seconds=0.3))
+        first, second = meeting(store, [0, 1])
+    assert first.startswith("process 0 waited 0:00:00.300000 for process 2: is torchrun running")
+    assert second.startswith("process 1 waited")
+    assert len(set(meeting(store, [2, 0, 1]))) == 1
+
+
+def test_an_error_before_the_start_ends_the_wait(monkeypatch):
+    """A process that fails before it meets the others, a node without the checkpoint, say."""
+    store = dist.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 2, 3)]))
+    processes.announce("no checkpoint")
+    assert meeting(store, [0]) == ["another process failed: process 2: no checkpoint"]
+
+
+def test_a_node_without_the_checkpoint_says_from_where_to_copy_it(tmp_path, monkeypatch, capsys):
+    """--resume on the second of two nodes, whose folder is empty: one line names the first."""
+    monkeypatch.setenv("GROUP_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "node-a")
+    with pytest.raises(SystemExit):
+        pretrain.main(["--resume", "--out", str(tmp_path)])
+    assert "on this node: copy it from node-a, or share --out" in capsys.readouterr().err
 
 
 # -------------------------------------------------------- the clock
