@@ -85,7 +85,7 @@ SETTINGS = {
                              "--target pixels has no use for --token-size, --tokenizer"),
     "recover": ("beit", "--recover some", "--recover: 'some' is not one of masked, all"),
     "recipe": ("cls", "--recipe gigantic", "--recipe: 'gigantic' is not one of demo, fashion"),
-    "model": ("cls", "--init random --model huge", "--model: 'huge' is not one of mini, tiny"),
+    "model": ("cls", "--init random --model huge", "model 'huge' is none of mini, tiny"),
     "option": ("cls", "--learning-rate 1", "unrecognized arguments: --learning-rate"),
     "abbreviated option": ("cls", "--epoch 1", "unrecognized arguments: --epoch"),
     "value of an option": ("cls", "--lr fast", "--lr: 'fast' is not a number in [0, 100]"),
