@@ -45,7 +45,7 @@ DAMAGED = set()  # paths of checkpoints that cannot be read: save() keeps none a
 # -------------------------------------------------------- the output folder
 
 
-def open_output(args, rank):
+def open_output(args):
     """Create, check and lock the folder --out; return its path, or None with --benchmark.
 
     The first process does the work (see claim_output). All processes get its answer: args.resume,
@@ -53,23 +53,34 @@ def open_output(args, rank):
     """
     if args.benchmark:
         return None
-    message = None
-    if rank == 0:
-        try:
-            claim_output(args)
-        except (ValueError, OSError) as error:
-            message = str(error)
-    answer = [message, args.resume]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    message, args.resume = answer
-    if message:
-        raise ValueError(message)
+    args.resume = in_first(lambda: claim_output(args))
     return Path(args.out)
 
 
+def in_first(work):
+    """The value of work() in the first process, or its error as a ValueError, in all processes."""
+    message, value = None, None
+    if is_first():
+        try:
+            value = work()
+        except (ValueError, OSError) as error:
+            message = str(error)
+    answer = [message, value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    message, value = answer
+    if message:
+        raise ValueError(message)
+    return value
+
+
+def is_first():
+    """Is this the first of torchrun's processes, or the only one?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def claim_output(args):
-    """Create the folder --out and lock it.
+    """Create the folder --out and lock it; return args.resume.
 
     If torchrun (--max-restarts) restarted this run after a process died, sets args.resume to
     whether there is a checkpoint to resume from. Raises ValueError if the folder is not empty and
@@ -95,6 +106,7 @@ def claim_output(args):
     with outputs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
+    return args.resume
 
 
 def is_false_start(out, found):
@@ -187,9 +199,8 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # torch hides an OSError of the file behind a RuntimeError; any other is no disk error.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        cause = outputs.disk_error(error)
+        if cause is None:
             raise
         raise ValueError(
             f"cannot write the checkpoint of step {step} to {out} ({cause.strerror}): make room; "
@@ -225,7 +236,7 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
     differs from the interrupted run's, except those in FREE_TO_CHANGE, or data that changed.
     """
     path, state, damage = newest_whole(out, kind)
-    if damage and not (dist.is_initialized() and dist.get_rank()):
+    if damage and is_first():
         print(f"{damage}: continuing from {path.name}, step {state['step']}", file=sys.stderr)
     for name, value in vars(args).items():
         old = state["arguments"].get(name)
@@ -254,16 +265,24 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
 def newest_whole(out, *kinds):
     """(path, content, what is wrong with the newer one or None) of OUT's newest whole checkpoint.
 
-    Raises ValueError if neither is whole, or if one is whole but was not written by these scripts.
+    The first process chooses it, so that all resume from the same one. Raises ValueError if neither
+    is whole, or if one cannot be read or is whole but was not written by these scripts.
     """
-    damage = []
-    for name in CHECKPOINTS:
-        try:
-            return out / name, load(out / name, *kinds), damage[0] if damage else None
-        except weights.Damaged as error:
-            damage.append(str(error))
-            DAMAGED.add(out / name)
-    raise ValueError(f"--resume: {'; '.join(damage)}")
+    found = {}
+
+    def choose():
+        damage = []
+        for name in CHECKPOINTS:
+            try:
+                found[name] = load(out / name, *kinds)
+                return name, damage[0] if damage else None
+            except weights.Damaged as error:
+                damage.append(str(error))
+                DAMAGED.add(out / name)
+        raise ValueError(f"--resume: {'; '.join(damage)}")
+
+    name, damage = in_first(choose)
+    return out / name, found[name] if found else load(out / name, *kinds), damage
 
 
 def check_unchanged(out, args, saved, extra):
@@ -307,7 +326,7 @@ def start_of(args):
     """
     if not (args.init and args.resume and args.out) or args.init == "random":
         return args.init
-    if Path(args.init.removeprefix("dalle:")).exists():
+    if in_first(Path(args.init.removeprefix("dalle:")).exists):  # all load the same file
         return args.init
     path, _, _ = newest_whole(Path(args.out), *entries.KINDS)
     log.note(f"--init {args.init} is gone, and --resume needs only {path}")

@@ -1,5 +1,6 @@
 """Schedules, noise, processes, signals, checkpoints, log, pictures and clock."""
 
+import errno
 import math
 import os
 import signal
@@ -114,6 +115,57 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(made, tmp_path):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ValueError, match="not a whole file of weights: the checksum of .* differs"):
         weights.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot be read .Input/output error."),
+        (MemoryError("17 GiB"), "17 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate"),
+        (OSError(errno.EINVAL, "Invalid argument"), None),
+        (RuntimeError("unexpected pos"), None),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    error, says, made, tmp_path, monkeypatch
+):
+    """A disk or allocator that fails ends --resume; what torch says of a bad file does not."""
+    for name in checkpoints.CHECKPOINTS:
+        (tmp_path / name).write_bytes((made / "cls" / "checkpoint.pt").read_bytes())
+    load, calls = torch.load, []
+
+    def fail_once(*args, **more):
+        if not calls:
+            calls.append(1)
+            raise error
+        return load(*args, **more)
+
+    monkeypatch.setattr(torch, "load", fail_once)
+    monkeypatch.setattr(checkpoints, "DAMAGED", set())
+    if says:
+        with pytest.raises((OSError, ValueError, MemoryError, RuntimeError), match=says):
+            checkpoints.newest_whole(tmp_path, "classification")
+        assert not checkpoints.DAMAGED
+    else:
+        path, _, damage = checkpoints.newest_whole(tmp_path, "classification")
+        assert path.name == "previous.pt" and "checkpoint.pt is not a whole file" in damage
+
+
+def test_all_processes_resume_from_the_one_that_the_first_chose(made, tmp_path, monkeypatch):
+    """The second of two, to which checkpoint.pt looks whole: the first says previous.pt."""
+    for name in checkpoints.CHECKPOINTS:
+        (tmp_path / name).write_bytes((made / "cls" / "checkpoint.pt").read_bytes())
+
+    def broadcast(answer):
+        answer[:] = None, ("previous.pt", "checkpoint.pt is not whole")
+
+    monkeypatch.setattr(checkpoints.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(checkpoints.dist, "broadcast_object_list", broadcast)
+    path, state, _ = checkpoints.newest_whole(tmp_path, "classification")
+    assert path.name == "previous.pt" and state["kind"] == "classification"
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
