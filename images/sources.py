@@ -176,13 +176,16 @@ def fingerprint(source):
     """{what: value} of a data set by which a change is noticed, quickly even for a large one.
 
     Number of images, class names, a digest of all labels, and a digest of the content: of files
-    their names and sizes, of arrays their shape and SAMPLED images with masks.
+    their names (with their class's folder) and sizes, of arrays their shape and SAMPLED images with masks.
     """
     shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
     content = hashlib.blake2b(digest_size=8)
     if isinstance(source, Files):
-        for path in source.paths:
-            content.update("/".join(path.parts[-2:]).encode(errors="surrogateescape"))
+        names = [path.parts[-2:] for path in source.paths]
+        if len({name[:-1] for name in names}) == 1:  # the one folder may be moved and renamed
+            names = [name[-1:] for name in names]
+        for name in names:
+            content.update("/".join(name).encode(errors="surrogateescape"))
         for index in shown:
             path = source.paths[index]
             content.update(str(path.stat().st_size if path.exists() else None).encode())

@@ -38,6 +38,9 @@ FREE_TO_CHANGE = {
     "benchmark",
 }
 
+# Flags whose path may differ: the checkpoint has a digest of what is there, see check_unchanged.
+BY_CONTENT = {"data": "data", "tokenizer": "predicts", "init": "init"}  # flag: the entry
+
 LOCKS = []  # open lock files: closing one would release its lock
 DAMAGED = set()  # paths of checkpoints that cannot be read: save() keeps none as previous.pt
 
@@ -233,14 +236,16 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
     extra: further entries, see check_unchanged. steps: the run's last step. If checkpoint.pt is
     damaged, says so on stderr and takes previous.pt. Raises ValueError if neither is whole, if an
     entry is not what these scripts write or does not fit the model, or naming a setting that
-    differs from the interrupted run's, except those in FREE_TO_CHANGE, or data that changed.
+    differs from the interrupted run's, except those in FREE_TO_CHANGE and moved files, or data that
+    changed.
     """
     path, state, damage = newest_whole(out, kind)
     if damage and is_first():
         print(f"{damage}: continuing from {path.name}, step {state['step']}", file=sys.stderr)
+    moved = {flag for flag, entry in BY_CONTENT.items() if entry in state and entry in extra}
     for name, value in vars(args).items():
         old = state["arguments"].get(name)
-        if name not in FREE_TO_CHANGE and old != value:
+        if name not in FREE_TO_CHANGE | moved and old != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume: {flag} is {value}, but {out} was started with {old}")
     check_unchanged(out, args, state, extra)
@@ -292,20 +297,24 @@ def check_unchanged(out, args, saved, extra):
     it were started now. Raises ValueError naming what of its data, its tokenizer, --init or its
     other entries has changed.
     """
-    before, now = saved.get("data", {}), extra["data"]
+    now = extra["data"]
+    before = saved.get("data", now)  # of earlier versions, whose checkpoints have none
     for name in {**now, **before}:
         if before.get(name) != now.get(name):
             then, today = (str(found.get(name))[:80] for found in (before, now))
             raise ValueError(
                 f"--resume: the {name} of the training data changed since {out} was started: "
-                f"{then} then, {today} now"
+                f"{then} then, {today} now in --data {args.data}"
             )
-    if saved.get("predicts") != extra.get("predicts"):
-        raise ValueError(f"--resume: {out} was started with another tokenizer of the same path")
+    if saved.get("predicts", extra.get("predicts")) != extra.get("predicts"):
+        raise ValueError(
+            f"--resume: {out} was started with another tokenizer than --tokenizer {args.tokenizer}:"
+            " give it the old one"
+        )
     if extra.get("init") not in (None, saved.get("init", extra.get("init"))):
         raise ValueError(
-            f"--resume: {out} was started with another file --init {args.init}: put that one back, "
-            "or remove this one, which --resume does not need"
+            f"--resume: {out} was started with another file than this --init {args.init}: move it "
+            "away, or give --init the old file"
         )
     for name in ("normalise", "classes", "layer", "decoder_dim"):
         if name in extra and saved[name] != extra[name]:

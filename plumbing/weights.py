@@ -183,12 +183,13 @@ def digest(state):
 
 
 def file_digest(path):
-    """Sixteen letters for a file of weights, or for the files in a folder of them.
+    """Sixteen letters for a file of weights, or for DALL-E's two files in a folder.
 
     Of a zip archive, its members' checksums count, which costs next to nothing.
     """
     content, path = hashlib.blake2b(digest_size=8), Path(path)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    dalle = path / "decoder.pkl", path / "encoder.pkl"
+    for file in dalle if path.is_dir() else [path]:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 members = [(member.CRC, member.file_size) for member in archive.infolist()]

@@ -260,6 +260,14 @@ def test_log_that_is_a_pipe_is_not_waited_for(tmp_path):
         log.read_metrics(tmp_path)
 
 
+def test_nan_in_the_log_of_an_earlier_version_is_null(tmp_path):
+    """A skipped step's loss: --resume reads it, and writes null in its place."""
+    line = '{"step": 1, "loss": %s, "mse": %s}\n'
+    (tmp_path / "metrics.jsonl").write_text(line % ("NaN", "-Infinity"))
+    log.Log(tmp_path, 0, 9, first_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == line % ("null", "null")
+
+
 def test_log_never_holds_nan(tmp_path):
     """A loss that is not finite is null in the log; as the result it is an error."""
     writer = log.Log(tmp_path, 0, 2)
