@@ -176,14 +176,17 @@ def fingerprint(source):
     """{what: value} of a data set by which a change is noticed, quickly even for a large one.
 
     Number of images, class names, a digest of all labels, and a digest of the content: of files
-    their names and the sizes of SAMPLED images and their masks, of arrays their shape and SAMPLED
-    images with masks.
+    their names (with their class's folder) and the sizes of SAMPLED images and their masks, of
+    arrays their shape and SAMPLED images with masks.
     """
     shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
     content = hashlib.blake2b(digest_size=8)
     if isinstance(source, Files):
-        for path in source.paths:
-            content.update("/".join(path.parts[-2:]).encode(errors="surrogateescape"))
+        names = [path.parts[-2:] for path in source.paths]
+        if len({name[:-1] for name in names}) == 1:  # the one folder may be moved and renamed
+            names = [name[-1:] for name in names]
+        for name in names:
+            content.update("/".join(name).encode(errors="surrogateescape"))
         listed = [source.paths, source.masks] if source.masks else [source.paths]
         for path in (paths[index] for paths in listed for index in shown):
             content.update(str(path.stat().st_size if path.exists() else None).encode())

@@ -38,6 +38,9 @@ FREE_TO_CHANGE = {
     "benchmark",
 }
 
+# Flags whose path may differ: the checkpoint has a digest of what is there, see check_unchanged.
+BY_CONTENT = {"data": "data", "tokenizer": "predicts", "init": "init"}  # flag: the entry
+
 LOCKS = []  # open lock files: closing one would release its lock
 DAMAGED = set()  # paths of checkpoints that cannot be read: save() keeps none as previous.pt
 
@@ -45,7 +48,7 @@ DAMAGED = set()  # paths of checkpoints that cannot be read: save() keeps none a
 # -------------------------------------------------------- the output folder
 
 
-def open_output(args, rank):
+def open_output(args):
     """Create, check and lock the folder --out; return its path, or None with --benchmark.
 
     The first process does the work (see claim_output). All processes get its answer: args.resume,
@@ -53,20 +56,31 @@ def open_output(args, rank):
     """
     if args.benchmark:
         return None
-    message = None
-    if rank == 0:
-        try:
-            claim_output(args)
-        except (ValueError, OSError) as error:
-            message = str(error)
-    message, args.resume = processes.of_first((message, args.resume))
-    if message:
-        raise ValueError(message)
+    args.resume = in_first(lambda: claim_output(args))
     return Path(args.out)
 
 
+def in_first(work):
+    """The value of work() in the first process, or its error as a ValueError, in all processes."""
+    message, value = None, None
+    if is_first():
+        try:
+            value = work()
+        except (ValueError, OSError) as error:
+            message = str(error)
+    message, value = processes.of_first((message, value))
+    if message:
+        raise ValueError(message)
+    return value
+
+
+def is_first():
+    """Is this the first of torchrun's processes, or the only one?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def claim_output(args):
-    """Create the folder --out and lock it.
+    """Create the folder --out and lock it; return args.resume.
 
     If torchrun (--max-restarts) restarted this run after a process died, sets args.resume to
     whether there is a checkpoint to resume from. Raises ValueError if the folder is not empty and
@@ -92,6 +106,7 @@ def claim_output(args):
     with outputs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
+    return args.resume
 
 
 def nothing_in(out):
@@ -193,9 +208,8 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # torch hides an OSError of the file behind a RuntimeError; any other is no disk error.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        cause = outputs.disk_error(error)
+        if cause is None:
             raise
         raise ValueError(
             f"cannot write the checkpoint of step {step} to {out} ({cause.strerror}): make room; "
@@ -228,7 +242,8 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
     extra: further entries, see check_unchanged. steps: the run's last step. If checkpoint.pt is
     damaged, says so on stderr and takes previous.pt. Raises ValueError if neither is whole, if an
     entry is not what these scripts write or does not fit the model, or naming a setting that
-    differs from the interrupted run's, except those in FREE_TO_CHANGE, or data that changed.
+    differs from the interrupted run's, except those in FREE_TO_CHANGE and moved files, or data that
+    changed.
     """
     if not any((out / name).exists() for name in CHECKPOINTS):  # on another node than the first
         raise ValueError(nothing_in(out))
@@ -239,11 +254,12 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
             f"--resume: {path} is of step {state['step']} on this node, and of {first} on that of "
             "process 0: copy its file, or share --out between the nodes"
         )
-    if damage and not (dist.is_initialized() and dist.get_rank()):
+    if damage and is_first():
         print(f"{damage}: continuing from {path.name}, step {state['step']}", file=sys.stderr)
+    moved = {flag for flag, entry in BY_CONTENT.items() if entry in state and entry in extra}
     for name, value in vars(args).items():
         old = state["arguments"].get(name)
-        if name not in FREE_TO_CHANGE and old != value:
+        if name not in FREE_TO_CHANGE | moved and old != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--resume: {flag} is {value}, but {out} was started with {old}")
     check_unchanged(out, args, state, extra)
@@ -268,16 +284,24 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
 def newest_whole(out, *kinds):
     """(path, content, what is wrong with the newer one or None) of OUT's newest whole checkpoint.
 
-    Raises ValueError if neither is whole, or if one is whole but was not written by these scripts.
+    The first process chooses it, so that all resume from the same one. Raises ValueError if neither
+    is whole, or if one cannot be read or is whole but was not written by these scripts.
     """
-    damage = []
-    for name in CHECKPOINTS:
-        try:
-            return out / name, load(out / name, *kinds), damage[0] if damage else None
-        except weights.Damaged as error:
-            damage.append(str(error))
-            DAMAGED.add(out / name)
-    raise ValueError(f"--resume: {'; '.join(damage)}")
+    found = {}
+
+    def choose():
+        damage = []
+        for name in CHECKPOINTS:
+            try:
+                found[name] = load(out / name, *kinds)
+                return name, damage[0] if damage else None
+            except weights.Damaged as error:
+                damage.append(str(error))
+                DAMAGED.add(out / name)
+        raise ValueError(f"--resume: {'; '.join(damage)}")
+
+    name, damage = in_first(choose)
+    return out / name, found[name] if found else load(out / name, *kinds), damage
 
 
 def check_unchanged(out, args, saved, extra):
@@ -287,20 +311,24 @@ def check_unchanged(out, args, saved, extra):
     it were started now. Raises ValueError naming what of its data, its tokenizer, --init or its
     other entries has changed.
     """
-    before, now = saved.get("data", {}), extra["data"]
+    now = extra["data"]
+    before = saved.get("data", now)  # of earlier versions, whose checkpoints have none
     for name in {**now, **before}:
         if before.get(name) != now.get(name):
             then, today = (str(found.get(name))[:80] for found in (before, now))
             raise ValueError(
                 f"--resume: the {name} of the training data changed since {out} was started: "
-                f"{then} then, {today} now"
+                f"{then} then, {today} now in --data {args.data}"
             )
-    if saved.get("predicts") != extra.get("predicts"):
-        raise ValueError(f"--resume: {out} was started with another tokenizer of the same path")
+    if saved.get("predicts", extra.get("predicts")) != extra.get("predicts"):
+        raise ValueError(
+            f"--resume: {out} was started with another tokenizer than --tokenizer {args.tokenizer}:"
+            " give it the old one"
+        )
     if extra.get("init") not in (None, saved.get("init", extra.get("init"))):
         raise ValueError(
-            f"--resume: {out} was started with another file --init {args.init}: put that one back, "
-            "or remove this one, which --resume does not need"
+            f"--resume: {out} was started with another file than this --init {args.init}: move it "
+            "away, or give --init the old file"
         )
     for name in ("normalise", "classes", "layer", "decoder_dim"):
         if name in extra and saved[name] != extra[name]:
@@ -321,7 +349,7 @@ def start_of(args):
     """
     if not (args.init and args.resume and args.out) or args.init == "random":
         return args.init
-    if Path(args.init.removeprefix("dalle:")).exists():
+    if in_first(Path(args.init.removeprefix("dalle:")).exists):  # all load the same file
         return args.init
     path, _, _ = newest_whole(Path(args.out), *entries.KINDS)
     log.note(f"--init {args.init} is gone, and --resume needs only {path}")

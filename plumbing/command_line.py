@@ -277,7 +277,7 @@ def remember_flags(parser, argv, size_of_init):
     if given.init and Path(given.init).is_file() and not given.resume:
         names = SIZES if (given.recipe or "demo") in size_of_init else ()
         names += EVALUATION if given.eval else ()
-        names = {*names} & {action.dest for action in parser._actions}
+        names = {*names} & checkpoints.flags_of(parser)
         parser.set_defaults(**checkpoints.arguments_of(given.init, parser, names))
     if not (given.resume and given.out):
         return
@@ -285,7 +285,7 @@ def remember_flags(parser, argv, size_of_init):
         parser.error(checkpoints.nothing_in(given.out))
     saved = checkpoints.arguments(given.out, parser)
     if saved is not None:
-        flags = {action.dest for action in parser._actions}
+        flags = checkpoints.flags_of(parser)
         if others := sorted(saved.keys() - flags):
             flag = others[0].replace("_", "-")
             parser.error(f"--resume: {given.out} is a run of another script, with a flag --{flag}")

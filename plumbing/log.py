@@ -138,10 +138,11 @@ def to_json(record):
     return json.dumps(finite, allow_nan=False)
 
 
-def from_json(text, name):
+def from_json(text, name, constant=None):
     """What a text in JSON, or its bytes, holds. NaN, infinity and 1e999 are no JSON.
 
-    Raises ValueError naming `name` if it is anything else.
+    constant: what to make of the words NaN, Infinity and -Infinity: a function. Raises ValueError
+    naming `name` if it is anything else.
     """
 
     def number(digits):
@@ -151,7 +152,8 @@ def from_json(text, name):
         return value if set(digits) & set(".eEN") else int(digits)
 
     try:
-        return json.loads(text, parse_int=number, parse_float=number, parse_constant=number)
+        return json.loads(text, parse_int=number, parse_float=number,
+                          parse_constant=constant or number)  # fmt: skip
     except RecursionError as error:
         raise ValueError(f"{name}: it is nested too deeply") from error
     except ValueError as error:
@@ -188,8 +190,9 @@ def read_json(path, wanted):
 def read_metrics(out):
     """All records of OUT/metrics.jsonl, except an unfinished last line of a killed process.
 
-    A record is a dict with a number of steps, or with `final`; a value that was not finite is None.
-    Raises ValueError naming the first line that is anything else.
+    A record is a dict with a number of steps, or with `final`; a value that was not finite is None,
+    also where an earlier version wrote NaN. Raises ValueError naming the first line that is
+    anything else.
     """
     path, records = Path(out) / "metrics.jsonl", []
     lines = content(path).splitlines(keepends=True)
@@ -197,7 +200,7 @@ def read_metrics(out):
         if not line.endswith(b"\n"):
             break
         name = f"{path}, line {number}"
-        record = from_json(line, name)
+        record = from_json(line, name, constant=lambda word: None)
         if not is_record(record):
             raise ValueError(f"{name}: it is no record of these scripts: remove that line")
         records.append(record)

@@ -70,6 +70,17 @@ def reserve(file, size):
             file.write(zeros[: size - start])
 
 
+def disk_error(error):
+    """The OSError that `error` is, or that torch hides behind a RuntimeError; None for any other.
+
+    EINVAL, of a seek to where a damaged file points, and an OSError without a number are no errors
+    of a disk.
+    """
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    on_disk = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)
+    return cause if on_disk else None
+
+
 @contextlib.contextmanager
 def disk_errors(path):
     """Turn an OSError into a ValueError that names the file or folder to write, `path`."""

@@ -33,7 +33,7 @@ class Run:
         if digest := checkpoints.init_digest(args):
             self.extra["init"] = digest
         self.held_out, self.warn = held_out, None
-        self.out = checkpoints.open_output(args, process.rank)
+        self.out = checkpoints.open_output(args)
         self.resumed, self.first = None, 0  # the checkpoint that it resumes, the first step to do
         if args.resume:
             self.resumed = checkpoints.resume(self.out, kind, args, *self.saved, self.extra, steps)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import outputs
+from plumbing import memory, outputs
 
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -25,13 +25,14 @@ def read(path):
     """Read a .pt, .pth or .safetensors file without running any code in it; return what it holds.
 
     Tensors are on the CPU. Raises ValueError naming the file: Damaged if it is missing or not
-    whole, a plain ValueError if it is refused, because it asks for code.
+    whole, a plain ValueError if it is refused, because it asks for code. A disk that cannot be read
+    or memory that is full says nothing about the file: OSError, or the allocator's own error.
     """
     path = Path(path)
     if not path.is_file():
         raise Damaged(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
-        load = safetensors_for(path).load_file
+        load = safetensors_for(path).torch.load_file
     else:
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
     try:
@@ -39,6 +40,12 @@ def read(path):
         with warnings.catch_warnings(action="ignore"):  # of torch, about files that it then refuses
             return load(path)
     except Exception as error:  # damaged and foreign files raise many types
+        if memory.exhausted(error):
+            raise
+        if failed := outputs.disk_error(error):
+            raise OSError(
+                f"{path} cannot be read ({failed.strerror}): it may be whole, so try again"
+            ) from error
         if refused := forbidden(error):
             raise ValueError(f"{path} is refused: it asks for {refused}") from error
         reason = str(error) if type(error) is ValueError else type(error).__name__
@@ -51,8 +58,9 @@ def check_archive(path):
     torch.load ignores them. Other files are not checked. Raises ValueError if a checksum differs,
     or if the members together claim more bytes than the file has.
     """
-    if not zipfile.is_zipfile(path):
-        return
+    with open(path, "rb") as file:  # is_zipfile of a path would hide that it cannot be opened
+        if not zipfile.is_zipfile(file):
+            return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
@@ -141,16 +149,27 @@ def write(path, state):
     path = Path(path)
     outputs.check_new(path)
     outputs.check_room(path, sum(value.nbytes for value in state.values()))
-    if path.suffix == ".safetensors":
-        contiguous = {key: value.contiguous() for key, value in state.items()}
-        save = functools.partial(safetensors_for(path).save_file, contiguous)
-    else:
-        save = functools.partial(torch.save, {"model": state})
+    save = write_safetensors if path.suffix == ".safetensors" else write_torch
     with outputs.new(path) as temporary:
-        try:
-            save(temporary)
-        except Exception as error:  # what torch and safetensors make of a full disk
-            raise OSError(str(error).strip().splitlines()[0]) from error
+        save(temporary, state)
+
+
+def write_torch(path, state):
+    """Write a state dict as torch does. Raises OSError if the disk is full."""
+    try:
+        with open(path, "xb") as file:  # of a path, torch would not say what failed
+            torch.save({"model": state}, file)
+    except RuntimeError as error:
+        raise outputs.disk_error(error) or error
+
+
+def write_safetensors(path, state):
+    """Write a state dict as a .safetensors file. Raises OSError if the disk is full."""
+    library = safetensors_for(path)
+    try:
+        library.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
+    except library.SafetensorError as error:  # its only sign of a full disk
+        raise OSError(str(error).strip().splitlines()[0]) from error
 
 
 def digest(state):
@@ -164,12 +183,13 @@ def digest(state):
 
 
 def file_digest(path):
-    """Sixteen letters for a file of weights, or for the files in a folder of them.
+    """Sixteen letters for a file of weights, or for DALL-E's two files in a folder.
 
     Of a zip archive, its members' checksums count, which costs next to nothing.
     """
     content, path = hashlib.blake2b(digest_size=8), Path(path)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    dalle = path / "decoder.pkl", path / "encoder.pkl"
+    for file in dalle if path.is_dir() else [path]:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 members = [(member.CRC, member.file_size) for member in archive.infolist()]
@@ -191,4 +211,4 @@ def safetensors_for(path):
         raise ValueError(
             f"{path} needs the optional package safetensors: pip install safetensors"
         ) from error
-    return safetensors.torch
+    return safetensors

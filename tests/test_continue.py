@@ -1,6 +1,7 @@
 """Starting from weights, looking at them, sizes taken from them, and --resume without flags."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import train_tokenizer
 from experiments.short_runs import COMMON, MODULES, SCRIPTS, script_flags, weights
 from images import sources
 from plumbing import checkpoints, log, published
+from plumbing.weights import file_digest
 
 
 def checkpoint(made, stage):
@@ -216,8 +218,47 @@ def test_a_run_is_not_resumed_with_another_tokenizer(arrays, made, tmp_path):
     train_tokenizer.main([*other, "--seed", "5", "--out", str(tmp_path / "other")])
     tokenizer.write_bytes((tmp_path / "other" / "checkpoint.pt").read_bytes())
     checkpoints.LOCKS.clear()
-    with pytest.raises(ValueError, match="another tokenizer of the same path"):
+    with pytest.raises(ValueError, match="another tokenizer than --tokenizer"):
         pretrain.main(["--resume", "--out", str(tmp_path / "run")])
+
+
+def test_a_run_goes_on_where_its_data_and_tokenizer_have_moved(arrays, made, tmp_path):
+    """Both under new paths: the same bits. Other data there: refused."""
+    files = {"--data": tmp_path / "a.npz", "--tokenizer": tmp_path / "a.pt"}
+    files["--data"].write_bytes(Path(arrays).read_bytes())
+    files["--tokenizer"].write_bytes((made / "tokenizer" / "checkpoint.pt").read_bytes())
+    out, given = tmp_path / "run", [str(part) for pair in files.items() for part in pair]
+    pretrain.main([*script_flags("beit", arrays, made), *given, "--out", str(out)])
+    whole, moved = weights(out), []
+    (out / "previous.pt").replace(out / "checkpoint.pt")
+    for flag, path in files.items():
+        moved += [flag, str(path.rename(path.with_stem("b")))]
+    other = dict(np.load(moved[1]))
+    other["train_images"] = 255 - other["train_images"]
+    np.savez(files["--data"], **other)
+    checkpoints.LOCKS.clear()
+    with pytest.raises(ValueError, match="the content .* of the training data changed"):
+        pretrain.main(["--resume", "--out", str(out), *moved, "--data", str(files["--data"])])
+    checkpoints.LOCKS.clear()
+    pretrain.main(["--resume", "--out", str(out), *moved])
+    assert all(torch.equal(whole[name], value) for name, value in weights(out).items())
+
+
+def test_only_what_counts_is_in_a_digest(tmp_path):
+    """Of DALL-E's folder its two files; of a folder of images not its own name, but the classes'."""
+    (tmp_path / "encoder.pkl").write_bytes(b"weights")
+    before = file_digest(tmp_path)
+    (tmp_path / ".DS_Store").write_bytes(b"of a file manager")
+    assert file_digest(tmp_path) == before
+    (tmp_path / "decoder.pkl").write_bytes(b"weights")
+    assert file_digest(tmp_path) != before
+
+    def content(*names):
+        files = sources.Files("set", [tmp_path / name for name in names])
+        return sources.fingerprint(files)["content (digest)"]
+
+    assert content("old/1.png", "old/2.png") == content("new/1.png", "new/2.png")
+    assert content("a/1.png", "b/1.png") != content("a/1.png", "c/1.png")
 
 
 def test_weights_are_looked_at_as_they_were_trained(arrays, made, capsys):
@@ -345,7 +386,7 @@ def test_resume_does_not_need_init_but_notices_another(stage, arrays, made, tmp_
     checkpoints.LOCKS.clear()
     state = torch.load(init, weights_only=True)
     torch.save(state | {"step": 3}, init)
-    with pytest.raises(ValueError, match=f"another file --init {init}"):
+    with pytest.raises(ValueError, match=f"another file than this --init {init}: move it away"):
         MODULES[stage].main(["--resume", "--out", str(out)])
     init.unlink()
     checkpoints.LOCKS.clear()

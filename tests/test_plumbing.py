@@ -1,5 +1,6 @@
 """Schedules, noise, processes, signals, checkpoints, log, pictures and clock."""
 
+import errno
 import math
 import os
 import signal
@@ -116,6 +117,57 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(made, tmp_path):
         weights.read(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot be read .Input/output error."),
+        (MemoryError("17 GiB"), "17 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate"),
+        (OSError(errno.EINVAL, "Invalid argument"), None),
+        (RuntimeError("unexpected pos"), None),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    error, says, made, tmp_path, monkeypatch
+):
+    """A disk or allocator that fails ends --resume; what torch says of a bad file does not."""
+    for name in checkpoints.CHECKPOINTS:
+        (tmp_path / name).write_bytes((made / "cls" / "checkpoint.pt").read_bytes())
+    load, calls = torch.load, []
+
+    def fail_once(*args, **more):
+        if not calls:
+            calls.append(1)
+            raise error
+        return load(*args, **more)
+
+    monkeypatch.setattr(torch, "load", fail_once)
+    monkeypatch.setattr(checkpoints, "DAMAGED", set())
+    if says:
+        with pytest.raises((OSError, ValueError, MemoryError, RuntimeError), match=says):
+            checkpoints.newest_whole(tmp_path, "classification")
+        assert not checkpoints.DAMAGED
+    else:
+        path, _, damage = checkpoints.newest_whole(tmp_path, "classification")
+        assert path.name == "previous.pt" and "checkpoint.pt is not a whole file" in damage
+
+
+def test_all_processes_resume_from_the_one_that_the_first_chose(made, tmp_path, monkeypatch):
+    """The second of two, to which checkpoint.pt looks whole: the first says previous.pt."""
+    for name in checkpoints.CHECKPOINTS:
+        (tmp_path / name).write_bytes((made / "cls" / "checkpoint.pt").read_bytes())
+
+    def broadcast(answer):
+        answer[:] = None, ("previous.pt", "checkpoint.pt is not whole")
+
+    monkeypatch.setattr(checkpoints.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(checkpoints.dist, "broadcast_object_list", broadcast)
+    path, state, _ = checkpoints.newest_whole(tmp_path, "classification")
+    assert path.name == "previous.pt" and state["kind"] == "classification"
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """Saving names the entry that is not finite, and writes no file."""
     model = nn.ModuleDict({"lm_head": nn.Linear(2, 3)})
@@ -206,6 +258,14 @@ def test_log_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metrics.jsonl is not a regular file"):
         log.read_metrics(tmp_path)
+
+
+def test_nan_in_the_log_of_an_earlier_version_is_null(tmp_path):
+    """A skipped step's loss: --resume reads it, and writes null in its place."""
+    line = '{"step": 1, "loss": %s, "mse": %s}\n'
+    (tmp_path / "metrics.jsonl").write_text(line % ("NaN", "-Infinity"))
+    log.Log(tmp_path, 0, 9, first_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == line % ("null", "null")
 
 
 def test_log_never_holds_nan(tmp_path):

@@ -20,7 +20,7 @@ import pretrain
 import reproduce
 from experiments import paper, stages
 from images import batches, convert, downloads, views
-from plumbing import checkpoints, command_line, log, processes, signals
+from plumbing import checkpoints, command_line, log, processes, signals, weights
 
 FORK = multiprocessing.get_context("fork")
 
@@ -109,6 +109,10 @@ def test_only_what_the_file_raised_is_a_disk_error(tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "save", error)
         checkpoints.save(tmp_path, "toy", type("Args", (), {})(), 1, model, model, model)
 
+    def export(error):
+        monkeypatch.setattr(torch, "save", error)
+        weights.write(tmp_path / "a.pth", {"weight": torch.zeros(1)})
+
     def full(state, file):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -118,10 +122,11 @@ def test_only_what_the_file_raised_is_a_disk_error(tmp_path, monkeypatch):
     def broken(state, file):
         raise RuntimeError("not of the file")
 
-    with pytest.raises(ValueError, match=r"\(No space left on device\): make room"):
-        save(full)
-    with pytest.raises(RuntimeError, match="not of the file"):
-        save(broken)
+    for write in (save, export):
+        with pytest.raises(ValueError, match=r"\(No space left on device\): make room"):
+            write(full)
+        with pytest.raises(RuntimeError, match="not of the file"):
+            write(broken)
     assert not list(tmp_path.iterdir())
 
 
