@@ -176,8 +176,8 @@ def fingerprint(source):
     """{what: value} of a data set by which a change is noticed, quickly even for a large one.
 
     Number of images, class names, a digest of all labels, and a digest of the content: of files
-    their names (with their class's folder) and the sizes of SAMPLED images and their masks, of
-    arrays their shape and SAMPLED images with masks.
+    their names, with the folders' if there are several, and the sizes of SAMPLED images and their
+    masks, of arrays their shape and SAMPLED images with masks.
     """
     shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
     content = hashlib.blake2b(digest_size=8)

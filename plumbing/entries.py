@@ -115,7 +115,7 @@ ENTRIES = {
     ),
     "classes": (("classification", "segmentation"), "a list of names", is_names),
     "layer": (
-        ("classification",), "None or a layer's number",
+        ["classification"], "None or a layer's number",
         lambda value: value is None or is_count(value, 1, LARGEST),
     ),
     "decoder_dim": (("segmentation",), "a width", lambda value: is_count(value, 1, LARGEST)),

@@ -245,7 +245,7 @@ def test_a_run_goes_on_where_its_data_and_tokenizer_have_moved(arrays, made, tmp
 
 
 def test_only_what_counts_is_in_a_digest(tmp_path):
-    """DALL-E's folder: its two files. A folder of images: the classes' names, not its own."""
+    """Of DALL-E's folder its two files; a folder's name if the images lie in several."""
     (tmp_path / "encoder.pkl").write_bytes(b"weights")
     before = file_digest(tmp_path)
     (tmp_path / ".DS_Store").write_bytes(b"of a file manager")

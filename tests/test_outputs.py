@@ -1,5 +1,6 @@
 """Files that programs write: whole or not there, and never over somebody else's."""
 
+import contextlib
 import os
 import resource
 
@@ -11,13 +12,15 @@ from experiments import attention, report
 from plumbing import outputs, pictures, published, weights
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may have more than a kilobyte."""
+    """Within it no file may have more than a kilobyte; nor may that of pytest's own output."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 STATE = {"weight": torch.zeros(1000)}
@@ -29,11 +32,11 @@ def noise_picture(path):
 
 
 @pytest.mark.parametrize("name", ["new.pth", "new.safetensors", "new.png"])
-def test_what_does_not_fit_leaves_nothing(name, tmp_path, full_disk):
+def test_what_does_not_fit_leaves_nothing(name, tmp_path):
     """Exports and a picture on a full disk: one line, and no file."""
     if name.endswith("safetensors"):
         pytest.importorskip("safetensors")
-    with pytest.raises(ValueError, match=f"cannot write .*{name}") as refused:
+    with pytest.raises(ValueError, match=f"cannot write .*{name}") as refused, full_disk():
         if name.endswith("png"):
             noise_picture(tmp_path / name)
         else:
@@ -41,12 +44,11 @@ def test_what_does_not_fit_leaves_nothing(name, tmp_path, full_disk):
     assert "\n" not in str(refused.value) and list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_does_not_fit_leaves_the_one_before(tmp_path, request):
+def test_a_picture_that_does_not_fit_leaves_the_one_before(tmp_path):
     """A run draws its pictures again and again."""
     noise_picture(tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
-    request.getfixturevalue("full_disk")
-    with pytest.raises(ValueError, match="a.png"):
+    with pytest.raises(ValueError, match="a.png"), full_disk():
         noise_picture(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
