@@ -245,7 +245,7 @@ def test_a_run_goes_on_where_its_data_and_tokenizer_have_moved(arrays, made, tmp
 
 
 def test_only_what_counts_is_in_a_digest(tmp_path):
-    """Of DALL-E's folder its two files; of a folder of images not its own name, but the classes'."""
+    """DALL-E's folder: its two files. A folder of images: the classes' names, not its own."""
     (tmp_path / "encoder.pkl").write_bytes(b"weights")
     before = file_digest(tmp_path)
     (tmp_path / ".DS_Store").write_bytes(b"of a file manager")

@@ -204,7 +204,7 @@ def test_error_in_a_real_process(tmp_path):
 
 @pytest.mark.parametrize("stage", short_runs.SCRIPTS)
 def test_every_recipe_is_within_its_ranges_and_help_shows_them(stage, capsys):
-    """Each column's values against the row's range; the sizes of --model are those of MODELS."""
+    """Each column's values against the row's range; the sizes of --model exist in MODELS."""
     module = short_runs.MODULES[stage]
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -216,7 +216,7 @@ def test_every_recipe_is_within_its_ranges_and_help_shows_them(stage, capsys):
             kind = float if float in map(type, values) else type(values[0])
             assert [command_line.within(kind, span)(str(value)) for value in values] == values
         if name == "model":
-            assert span.split("|") == list(beit.MODELS)
+            assert {*values} <= beit.MODELS.keys()
 
 
 def test_a_range_takes_its_closed_ends_only():

@@ -159,11 +159,11 @@ def test_all_processes_resume_from_the_one_that_the_first_chose(made, tmp_path, 
         (tmp_path / name).write_bytes((made / "cls" / "checkpoint.pt").read_bytes())
 
     def broadcast(answer):
-        answer[:] = None, ("previous.pt", "checkpoint.pt is not whole")
+        answer[:] = [(None, ("previous.pt", "checkpoint.pt is not whole"))]
 
-    monkeypatch.setattr(checkpoints.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(checkpoints.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "broadcast_object_list", broadcast)
     path, state, _ = checkpoints.newest_whole(tmp_path, "classification")
     assert path.name == "previous.pt" and state["kind"] == "classification"
 
