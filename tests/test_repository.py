@@ -179,6 +179,7 @@ PROGRAMS = {
 }
 FOREIGN_FLAGS = {  # of torchrun
     *("--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--max-restarts"),
+    "--rdzv-conf",
 }
 
 
