@@ -562,6 +562,7 @@ def edit(rng, state, top=None):
         return name, what, nonsense
     value = rng.choice([*ODD, deep(300), torch.zeros(2), torch.full((), torch.nan)])
     same = type(value) is type(old) and not isinstance(value, (torch.Tensor, str, float, int))
+    same = same or type(value) is type(old) is bool  # which one is right cannot be known
     node[key] = value
     return name, f"{str(value)[:30]!r} of type {type(value).__name__}", not same
 

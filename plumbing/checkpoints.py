@@ -330,7 +330,7 @@ def check_unchanged(out, args, saved, extra):
             "away, or give --init the old file"
         )
     for name in ("normalise", "classes", "layer", "decoder_dim"):
-        if name in extra and saved[name] != extra[name]:
+        if name in extra and saved.get(name) != extra[name]:
             raise ValueError(f"--resume: the {name} in {out} is not that of the flags and data")
 
 
