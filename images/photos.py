@@ -5,6 +5,7 @@ Everything that needs the optional package Pillow is here.
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import stat
@@ -21,6 +22,7 @@ MARGIN = 1.25  # pixels to keep for each of a view: with fewer, views differ by 
 FULL_DEPTH = 16  # bits of a 16-bit image that uses its whole range
 # Nothing else is tried, whatever a file is called: for PostScript Pillow would start a program.
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong is said in one line
 ORIENTATION = 0x0112  # EXIF's number for it; 1: upright
 
 
