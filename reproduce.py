@@ -57,17 +57,18 @@ def parse(argv):
         )
     if args.recipe == "photos" and not args.scenes and (3 in args.table or args.figure):
         parser.error("table 3 and figure 2 need images with masks: name a folder as --scenes")
+    if args.scenes and not Path(args.scenes).exists() and args.scenes not in paper.SCENES:
+        parser.error(f"--scenes {args.scenes}: no such file or folder")
     args.out = Path(args.out or f"runs/{args.recipe}")
     return args
 
 
-def open_folder(out, resume):
-    """Make OUT. Raises ValueError if it is not empty, except to resume."""
+def check_folder(out, resume):
+    """Raise ValueError if OUT is not empty, except to resume."""
     if out.exists() and any(out.iterdir()) and not resume:
         raise ValueError(
             f"{out} is not empty: choose another --out, or --resume to keep its finished stages"
         )
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def run(args):
@@ -77,7 +78,7 @@ def run(args):
     names += ["budgets"] * args.budgets
     names += [f"figure {number}" for number in args.figure]
     names = names or ["summary"]
-    open_folder(args.out, args.resume)
+    check_folder(args.out, args.resume)
     settings = paper.settings(args.recipe, args.seeds, args.scenes)
     if settings["scenes"] is None:
         print("no segmentation: name a folder of images with masks as --scenes (docs/data.md)")

@@ -25,6 +25,7 @@ GRID14 += ("--batch-size", 64, "--epochs", 12.5, "--warmup-epochs", 0.8)
 GRID14_SEGMENT = ("--image-size", 56, "--batch-size", 16)
 
 COLUMNS = ("demo", "fashion", "photos")
+SCENES = "shapes", "fashion-scenes"  # named data sets with masks
 RECIPES = {
     # name: (demo, fashion, photos, help)
     "data": ("shapes", "fashion-mnist", "imagenette", "images for pre-training and classification"),
