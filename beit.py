@@ -75,7 +75,7 @@ def model_config(name, **changes):
 def init_weight(weight, cut=2.0):
     """Normal with std 0.02, cut off at ±`cut`.
 
-    The authors cut at ±0.02 in pre-training (real std 0.0108), at ±2.0 in fine-tuning (nothing).
+    The authors cut at ±0.02 in pre-training (real std 0.0108); fine-tuning's ±2.0 cuts nothing.
     """
     nn.init.trunc_normal_(weight, std=STD, a=-cut, b=cut)
 

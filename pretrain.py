@@ -65,7 +65,7 @@ RECIPES = {
     # optimisation
     "epochs": (16.0, 4.4, 36.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
     "warmup_epochs": (1.0, 0.3, 1.0, 10.0, 10.0, "[0, 1e6]", "epochs of linear warm-up"),
-    "batch_size": (128, 128, 64, 2048, 2048, "[1, 1e6]", "images per step of all processes"),
+    "batch_size": (128, 128, 64, 2048, 2048, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (2e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "[0, 100]", "final learning rate"),
     "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),

@@ -35,7 +35,7 @@ RECIPES = {
     "groups": (3, 3, 4, 4, 4, "[2, 4]", "groups of blocks; they downsample by 2, 4 or 8"),
     "blocks_per_group": (1, 1, 1, 2, 2, "[1, 1000]", "residual blocks in each group"),
     "code_dim": (64, 64, 64, 128, 128, "[1, 65536]", "width of a code in the decoder"),
-    "quantizer": (*("gumbel",) * 5, "gumbel|vq", "relaxation, or VQ-VAE's nearest code"),
+    "quantizer": (*("gumbel",) * 5, "gumbel|vq", "Gumbel-softmax, or VQ-VAE"),
     "likelihood": ("mse", "mse", "mse", *("logit-laplace",) * 2, "logit-laplace|mse", "p(x|z)"),
     "normalise_logits": (True, True, True, False, False, "", "standardise logits; not the paper's"),
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
@@ -45,7 +45,7 @@ RECIPES = {
     "beta_steps": (0, 0, 0, 5000, 5000, "[0, 1e9]", "steps until the final KL weight"),
     # optimisation
     "steps": (600, 700, 1000, 3_000_000, 3_000_000, "[1, 1e9]", "optimisation steps"),
-    "batch_size": (64, 64, 32, 512, 512, "[1, 1e6]", "images per step of all processes"),
+    "batch_size": (64, 64, 32, 512, 512, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (4e-3, 4e-3, 4e-3, 1e-4, 1e-4, "[0, 100]", "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-4, 1e-4, 1e-4, 1.25e-6, 1.25e-6, "[0, 100]", "final learning rate"),
     "warmup_steps": (50, 50, 50, 5000, 5000, "[0, 1e9]", "steps of linear warm-up"),

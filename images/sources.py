@@ -175,9 +175,9 @@ SAMPLED = 64  # images whose content counts in a fingerprint, spread evenly over
 def fingerprint(source):
     """{what: value} of a data set by which a change is noticed, quickly even for a large one.
 
-    Number of images, class names, a digest of all labels, and a digest of the content: of files
-    their names, with the folders' if there are several, and the sizes of SAMPLED images and their
-    masks, of arrays their shape and SAMPLED images with masks.
+    Number of images, class names, a digest of all labels, and a digest of the content. For files
+    that is their names (with their folders' if there are several) and the sizes of SAMPLED images
+    and masks; for arrays, their shape and SAMPLED images with masks.
     """
     shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
     content = hashlib.blake2b(digest_size=8)

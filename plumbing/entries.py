@@ -21,7 +21,7 @@ SKIPPED = 10  # steps in a row without a finite gradient that end a run: see run
 
 
 def shown(value):
-    """A value from a file as text for a message; of other than plain values only the type."""
+    """A value from a file as text for a message; for anything that is not plain, only its type."""
     if value is None or type(value) in (bool, float) or type(value) is int and abs(value) < 2**64:
         return repr(value)
     return repr(value[:60]) if type(value) is str else f"a {type(value).__name__}"

@@ -185,7 +185,7 @@ def digest(state):
 def file_digest(path):
     """Sixteen letters for a file of weights, or for DALL-E's two files in a folder.
 
-    Of a zip archive, its members' checksums count, which costs next to nothing.
+    A zip archive is known by its members' checksums, so it is not read in full.
     """
     content, path = hashlib.blake2b(digest_size=8), Path(path)
     dalle = path / "decoder.pkl", path / "encoder.pkl"
