@@ -8,6 +8,7 @@ Without a GPU, a CPU runs the same tests as far as it can; the rest is skipped.
 
 import copy
 import gc
+import math
 import os
 import shutil
 import time
@@ -19,7 +20,7 @@ import beit
 import dvae
 import pretrain
 from experiments import costs, short_runs
-from plumbing import checkpoints, clock, log, processes, run
+from plumbing import checkpoints, clock, log, noise, processes, run
 
 COMPILER = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")),
@@ -160,6 +161,29 @@ def test_recompute_keeps_the_gradients_and_less_memory(device):
     assert peaks[1] < peaks[0]
 
 
+def hash_32(x):
+    """noise.scramble of one number, as Python computes it: 0 <= x < 2^32."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x = (x ^ x >> shift) * factor % 2**32
+    return x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_is_the_same_on_every_device(device):
+    """Uniform noise to the bit, and exponential noise, against whole numbers in Python."""
+    shape, places = (3, 11000), [0, 1, 32767, 32768, 32999]
+    draw = [
+        noise.sample_noise(kind, shape, 2, 5, 7, 3, torch.device(device)).cpu().flatten(1)
+        for kind in ("uniform", "exponential")
+    ]
+    for row, key in enumerate([noise.seed_for(5, 7, 6), noise.seed_for(5, 7, 7)]):
+        for place in places:
+            x = hash_32((hash_32(place) * (key % 2**32 | 1) + (key >> 32)) % 2**32)
+            u = ((x + 2**31) % 2**32 // 2**9 + 0.5) / 2**23
+            assert draw[0][row, place].item() == u
+            assert draw[1][row, place].item() == pytest.approx(-math.log(u), rel=1e-6)
+
+
 # -------------------------------------------------------- the scripts
 
 
@@ -192,15 +216,8 @@ def test_fp16_skips_a_step_that_overflows(device, stage, arrays, made, tmp_path,
 @every_script
 @pytest.mark.parametrize("device", [CUDA])
 def test_losses_are_those_of_a_cpu(device, stage, arrays, made, tmp_path):
-    """Four steps in float32 with the same masks, crops and depth noise.
-
-    Gumbel noise is another on a GPU, so the tokenizer is a VQ-VAE here.
-    """
+    """Four steps in float32 with the same masks, crops, depth noise and Gumbel noise."""
     flags = [*flags_on(device, stage, arrays, made), *short_runs.NOISE[stage], "--lr", "1e-4"]
-    if stage == "tokenizer":
-        place = flags.index("--tau-steps")  # VQ-VAE has none
-        del flags[place : place + 2]
-        flags += ["--quantizer", "vq"]
     here = train(stage, flags, tmp_path / "here")
     there = train(stage, [*flags, "--device", "cpu"], tmp_path / "there")
     assert here == pytest.approx(there, rel=1e-3)
