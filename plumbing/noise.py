@@ -44,17 +44,20 @@ def sample_noise(distribution, shape, count, seed, step, part, device):
     of device: uniform noise has the same bits everywhere, exponential noise differs as log does.
     """
     n = math.prod(shape)
-    keys = [seed_for(seed, step, place) for place in range(part * count, (part + 1) * count)]
-    keys = torch.tensor(keys).view(torch.int32).view(count, 2).to(device, non_blocking=True)
-    places = scramble(torch.arange(n, dtype=torch.int32, device=device))
+    keys = [seed_for(seed, step, place) | 1 for place in range(part * count, (part + 1) * count)]
+    halves = torch.tensor(keys).view(torch.int32).view(count, 2).to(device, non_blocking=True)
+    factors, summands = halves.split(1, dim=1)  # a factor must be odd
     noise = torch.empty(count, n, device=device)
-    block = 2**15 if device.type == "cpu" else 2**26  # values at a time: what fits a CPU's cache
+    block = 2**17 if device.type == "cpu" else 2**26  # values at a time: what fits a CPU's cache
     rows = max(1, block // n)
-    for out, key in zip(noise.split(rows), keys.split(rows)):
-        for values, place in zip(out.split(block, dim=1), places.split(block)):
-            x = scramble(place * (key[:, :1] | 1) + key[:, 1:])
+    for start in range(0, n, block):
+        end = min(start + block, n)
+        place = scramble(torch.arange(start, end, dtype=torch.int32, device=device))
+        columns = noise[:, start:end]
+        for values, a, b in zip(*(part.split(rows) for part in (columns, factors, summands))):
+            x = scramble((place * a).add_(b))
             # The middles of 2^23 equal parts of (0, 1), which float32 holds exactly.
-            torch.add((x >> 9) * 2.0**-23, 0.5 + 2.0**-24, out=values)
+            torch.mul(x.bitwise_right_shift_(9), 2.0**-23, out=values).add_(0.5 + 2.0**-24)
             if distribution == "exponential":
                 values.log_().neg_()
     return noise.view(count, *shape)
