@@ -114,7 +114,7 @@ def test_sdpa_is_as_exact_as_the_plain_products(device, dtype, positions, monkey
     assert any(not torch.equal(sdpa[name], plain[name]) for name in exact)  # another way indeed
     plain, sdpa = errors(plain, exact), errors(sdpa, exact)
     for name in exact:
-        allowed = 3 * plain[name] + torch.finfo(dtype).eps
+        allowed = 3 * plain[name] + max(torch.finfo(dtype).eps, 1e-5)
         assert sdpa[name] <= allowed, (name, sdpa[name], plain[name])
 
 
