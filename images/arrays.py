@@ -134,7 +134,7 @@ def read_members(path, split, members):
         if part in headers:
             check_list(f"{path} {part}", headers[part], limit)
     needed = sum(headers[part].nbytes() for part, member in found.items() if member.archive)
-    if needed > (there := memory.available(torch.device("cpu"))):
+    if needed and needed > (there := memory.available(torch.device("cpu"))):
         raise ValueError(
             f"{path}: its arrays take {outputs.in_words(needed)}, and there are "
             f"{outputs.in_words(there)} of memory: a folder of .npy files is memory-mapped instead "
