@@ -65,14 +65,14 @@ RECIPES = {
     # optimisation
     "epochs": (16.0, 4.4, 36.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
     "warmup_epochs": (1.0, 0.3, 1.0, 10.0, 10.0, "[0, 1e6]", "epochs of linear warm-up"),
-    "batch_size": (128, 128, 64, 2048, 2048, "[1, 1e6]", "global batch; scale lr with it"),
+    "batch_size": (128, 128, 32, 2048, 2048, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (2e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "[0, 100]", "final learning rate"),
     "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 3.0, 1.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
     "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
-    "save_every": (500, 500, 500, 2500, 2500, "[1, 1e9]", "steps between evaluations, saves"),
+    "save_every": (500, 500, 2000, 2500, 2500, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 
 KIND = "pretraining"  # of its checkpoints
