@@ -190,16 +190,15 @@ def summary(runner):
     s = runner.settings
     tokenizer = tokenizer_stage(runner)
     beit = runner.stage(*beit_call(runner, "BEiT", tokenizer))
-    shares = ("mim_accuracy", "commonest_token")
-    accuracy, commonest = (f"{100 * beit[share]:.1f} %" for share in shares)
-    mse, perplexity = tokenizer["reconstruction_mse"], tokenizer["codebook_perplexity"]
-    codes = f"{tokenizer['codebook_used']} codes used, perplexity {perplexity:.0f}"
-    masked = f"masked-token accuracy {accuracy} (commonest {commonest})"
-    stage1, stage2 = beit["stage1_nats"], beit["stage2_nats"]
+    accuracy, commonest = (f"{100 * beit[n]:.1f} %" for n in ("mim_accuracy", "commonest_token"))
+    codes = f"{tokenizer['codebook_used']}, {tokenizer['codebook_perplexity']:.0f}"
+    terms = f"{beit['stage1_nats']:.0f}, {beit['stage2_nats']:.1f}"
     rows = [
-        ["tokenizer", f"reconstruction MSE {mse:.4f}, {codes}"],
-        ["pre-training", f"{masked}, loss {beit['mim_loss']:.2f}"],
-        ["eq. 3, nats per image", f"log p(x|z) {stage1:.0f}, log p(z|x~) {stage2:.1f}"],
+        ["tokenizer: reconstruction MSE", f"{tokenizer['reconstruction_mse']:.4f}"],
+        ["tokenizer: codes used, perplexity", codes],
+        ["pre-training: masked tokens right", f"{accuracy} (commonest {commonest})"],
+        ["pre-training: loss, nats per token", f"{beit['mim_loss']:.2f}"],
+        ["eq. 3, nats per image: log p(x|z), log p(z|x~)", terms],
     ]
     for labels in (*s["labels"], 0) if s["all_labels"] else s["labels"]:
         lrs, lrs_random = rates_for(labels)
@@ -214,7 +213,7 @@ def summary(runner):
         found["logistic regression on raw pixels"] = baselines.raw_pixels(runner, labels)
         how_many = f"{labels} labels per class" if labels else "all labels"
         rows += [[f"top-1, {how_many}, {row}", run_cell(cell)] for row, cell in found.items()]
-    table = {"title": "Summary", "columns": ["", "result on test images"], "rows": rows}
+    table = {"title": "Summary", "columns": ["", runner.recipe], "rows": rows}
     if not s["scenes"]:
         return table
     starts = {

@@ -64,7 +64,7 @@ CLAIMS = [
         )
     ),
 ]
-MARKER = re.compile(r"(<!-- (results/\w+\.json): ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- results of ([\w, ]+): ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def verdicts(tables):
@@ -135,16 +135,34 @@ def markdown(table):
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def side_by_side(tables):
+    """One table of several with the same title and two columns, those of the same row in a line."""
+    names = []
+    for table in tables:
+        place = 0  # a row that only this table has comes after the row before it
+        for name, _ in table["rows"]:
+            if name not in names:
+                names.insert(place, name)
+            place = names.index(name) + 1
+    cells = [dict(table["rows"]) for table in tables]
+    columns = ["", *(table["columns"][1] for table in tables)]
+    rows = [[name, *(found.get(name) for found in cells)] for name in names]
+    return {"title": tables[0]["title"], "columns": columns, "rows": rows}
+
+
 def fill_tables(text):
     """The text with its tables filled in from docs/results.
 
-    A table stands between `<!-- results/NAME.json: EXPERIMENT -->` and `<!-- end -->`.
+    A table stands between `<!-- results of RECIPE: EXPERIMENT -->` and `<!-- end -->`. Several
+    recipes, `RECIPE, RECIPE`, have a column each.
     """
 
     def fill(match):
-        start, path, experiment, _, end = match.groups()
-        saved = json.loads((HERE / "docs" / path).read_text())
-        return f"{start}{markdown(saved['tables'][experiment])}\n{end}"
+        start, recipes, experiment, _, end = match.groups()
+        paths = [HERE / "docs" / "results" / f"{recipe}.json" for recipe in recipes.split(", ")]
+        found = [json.loads(path.read_text())["tables"][experiment] for path in paths]
+        table = side_by_side(found) if len(found) > 1 else found[0]
+        return f"{start}{markdown(table)}\n{end}"
 
     return MARKER.sub(fill, text)
 

@@ -345,6 +345,15 @@ def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
     assert found == {"far top-1": "holds", "near": "undecided", "less": "does not hold"}
 
 
+def test_tables_side_by_side_keep_the_order_of_rows():
+    """Rows of each table stay in order; a row that one table lacks has no cell there."""
+    two = [{"title": "T", "columns": ["", name]} for name in "ab"]
+    two[0]["rows"] = [["first", 1], ["last", 2]]
+    two[1]["rows"] = [["first", 3], ["more", 4], ["last", 5], ["end", 6]]
+    rows = [["first", 1, 3], ["more", None, 4], ["last", 2, 5], ["end", None, 6]]
+    assert tables.side_by_side(two) == {"title": "T", "columns": ["", "a", "b"], "rows": rows}
+
+
 def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_path):
     """A page of three stages: its tables, curves, pictures and commands; it loads nothing else."""
     names = {"tokenizer": "tokenizer", "cls": "cls100-beit-0-0", "seg": "seg-beit-0-0"}
