@@ -91,7 +91,10 @@ def with_table(flex, project):
 
 
 def ways(device):
-    """({name: way(layers, table, index) -> [(B, N+1, D) of each block]}, names of compiled ones)."""
+    """({name: way}, names of the compiled ones).
+
+    A way is a function (layers, table, index) -> results of the blocks, each (B, N+1, D).
+    """
     attention = Attention()
     flex = torch.compile(flex_attention, dynamic=False)
     plain = {
