@@ -4,14 +4,19 @@
     python -m experiments.benchmark                 # base model, 8 images per step; 8 to 13
                                                     # minutes on two cores
     python -m experiments.benchmark --images 64 --side-by-side bf16 tokenizer     # on a GPU
+    python -m experiments.benchmark --attention     # ways to compute attention; needs no package
 
 "transformers" is its BeitForMaskedImageModeling. The "released design" is the released
 pre-training code on timm's backbone, which descends from it: attention without a fused kernel, the
 head at the masked positions, AdamW not fused, and the tokenizer in float32 outside autocast.
 
-All contestants have the same sizes, images, masks, stochastic depth and AdamW settings; weights
-are random. Each repeat makes one step of every contestant in turn, so that a slow moment of the
-machine affects all of them. The rate of loading data is measured too.
+All contestants have the same sizes, images, masks, stochastic depth, weight decay and AdamW
+settings, those of our recipe `base`; nobody has dropout; weights are random. Each repeat makes one
+step of every contestant in turn, so that a slow moment of the machine affects all of them. The
+rate of loading data is measured too.
+
+"bf16" and "float32" are what they say. "defaults" gives each side its own default: ours is what
+--amp auto picks on this machine, transformers' is float32. The rest runs in what --amp auto picks.
 
 `python pretrain.py --benchmark 10` shows where the time of one step goes.
 """
@@ -31,10 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beit import model_config, parameter_groups
+from beit import Beit, model_config, parameter_groups
 from dvae import DVAE, DVAEConfig
-from experiments import HERE
-from experiments.machine import MALLOC, machine
+from experiments import HERE, benchmark_attention, costs
+from experiments.machine import MALLOC, default_precision, machine
 from experiments.oracles import import_oracle, timm_beit, transformers_config
 from images import sources, views
 from masking import make_mask, target
@@ -43,8 +48,9 @@ from pretrain import BeitForMaskedImageModeling, fixed_count, recovery_loss
 
 COMMAND = [sys.executable, "-m", "experiments.benchmark"]
 
-GRID, VOCAB, MASKED = 14, 8192, 75 / 196
-WEIGHT_DECAY, LR = 0.05, 1e-4
+RECIPE = costs.settings("pretraining", "base")
+GRID, VOCAB, MASKED = 14, 8192, RECIPE.mask_ratio
+WEIGHT_DECAY, LR = RECIPE.weight_decay, 1e-4
 
 
 class ReleasedDesign(nn.Module):
@@ -88,15 +94,35 @@ def ours(config, device, compile_model=False):
 
 
 def decayed_matrices(model):
-    """AdamW's parameter groups, as the released code makes them: no weight decay for vectors."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    """AdamW's parameter groups, as in the released code: no decay for vectors and e_[S]."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and not name.endswith("cls_token")].append(parameter)
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def alike(model, config):
+    """A peer's model, unless it differs from ours in what it drops: then ValueError.
+
+    Another version of a package may have other defaults, or ignore a setting.
+    """
+    with torch.device("meta"):
+        ours = {round(block.drop_path_rate, 6) for block in Beit(config).blocks}
+    paths = [part for part in model.modules() if type(part).__name__.endswith("DropPath")]
+    theirs = {round(part.drop_prob, 6) for part in paths if part.training}
+    dropout = {part.p for part in model.modules() if isinstance(part, nn.Dropout)}
+    if theirs - {0} != ours - {0} or dropout - {0}:
+        raise ValueError(
+            f"{type(model).__name__} drops branches at rates {sorted(theirs)} and has dropout "
+            f"{sorted(dropout)}, ours drops branches at {sorted(ours)}: install the versions of "
+            "docs/speed.md"
+        )
+    return model
 
 
 def released(config, device):
     """The released design: (parameter groups, loss function of x, mask and z)."""
-    model = ReleasedDesign(config).to(device)
+    model = alike(ReleasedDesign(config).to(device), config)
 
     def loss(x, mask, z):
         return F.cross_entropy(model(x, mask).float(), z[mask])
@@ -107,7 +133,8 @@ def released(config, device):
 def transformers(config, device):
     """transformers' model: (parameter groups, loss function of x, mask and z)."""
     settings = transformers_config(config, vocab_size=VOCAB, drop_path=config.drop_path)
-    model = import_oracle("transformers").BeitForMaskedImageModeling(settings).to(device).train()
+    model = import_oracle("transformers").BeitForMaskedImageModeling(settings).to(device)
+    model = alike(model.train(), config)
 
     def loss(x, mask, z):
         return model(x, bool_masked_pos=mask, labels=z[mask]).loss
@@ -144,17 +171,25 @@ def batches(images, config, device):
     x = torch.randn(images, 3, config.image_size, config.image_size, device=device)
     pixels = torch.rand(images, 3, side, side, device=device)
     while True:
-        masks = [make_mask("blockwise", rng, config.grid, MASKED, 16) for _ in range(images)]
+        masks = [
+            make_mask(RECIPE.masking, rng, config.grid, MASKED, RECIPE.min_block)
+            for _ in range(images)
+        ]
         yield x, pixels, torch.from_numpy(np.stack(masks)).flatten(1).to(device)
 
 
 # -------------------------------------------------------- the comparisons
 
 
-def precision(amp, device):
-    """autocast's context factory for "bf16" or "off" (float32)."""
-    autocast, _ = processes.precision(amp, device)
+def precision(name, device):
+    """autocast's context factory for "bf16" or "float32"."""
+    autocast, _ = processes.precision("off" if name == "float32" else name, device)
     return autocast
+
+
+def precision_of(comparison, device):
+    """The precision of our step in one of COMPARISONS."""
+    return comparison if comparison in ("bf16", "float32") else default_precision(device)[0]
 
 
 def random_tokens(pixels):
@@ -174,25 +209,25 @@ def tokens_of(tokenizer, autocast):
 
 def contestants(comparison, config, device):
     """{name: step} of one of COMPARISONS, ours first."""
-    bf16, float32 = precision("bf16", device), precision("off", device)
+    amp = precision_of(comparison, device)
+    autocast, float32 = precision(amp, device), precision("float32", device)
     if comparison == "tokenizer":  # a whole step of pre-training, tokenizer of DALL-E's size
         tokenizer = DVAE(DVAEConfig(vocab_size=VOCAB)).to(device).requires_grad_(False).eval()
-        our_tokens, their_tokens = tokens_of(tokenizer, bf16), tokens_of(tokenizer, float32)
-        our_step = training_step(ours(config, device), bf16, True, our_tokens)
-        their_step = training_step(released(config, device), bf16, False, their_tokens)
+        our_tokens, their_tokens = tokens_of(tokenizer, autocast), tokens_of(tokenizer, float32)
+        our_step = training_step(ours(config, device), autocast, True, our_tokens)
+        their_step = training_step(released(config, device), autocast, False, their_tokens)
         return {"ours": our_step, "released design, tokenizer in float32": their_step}
     if comparison == "compiled":
         found = {
-            "ours, compiled": (ours(config, device, compile_model=True), bf16, True),
-            "transformers": (transformers(config, device), bf16, True),
+            "ours, compiled": (ours(config, device, compile_model=True), autocast, True),
+            "transformers": (transformers(config, device), autocast, True),
         }
-    elif comparison == "defaults":  # our default is bf16, transformers' float32
+    elif comparison == "defaults":
         found = {
-            "ours, bf16": (ours(config, device), bf16, True),
+            f"ours, {amp}": (ours(config, device), autocast, True),
             "transformers, float32": (transformers(config, device), float32, True),
         }
     else:
-        autocast = {"bf16": bf16, "float32": float32}[comparison]
         found = {
             "ours": (ours(config, device), autocast, True),
             "transformers": (transformers(config, device), autocast, True),
@@ -232,14 +267,32 @@ def flop_of_step(config, images):
     return 6 * images * (config.depth * block + other)
 
 
+def title(comparison, device):
+    """A comparison's name, its precision, and whether --amp auto would pick that here."""
+    amp, _ = default_precision(device)
+    if comparison == "bf16" and amp != "bf16":
+        return f"bf16, which is emulated here (--amp auto is {amp})"
+    return comparison if comparison in ("bf16", "float32", "defaults") else f"{comparison}, {amp}"
+
+
+def no_compiler(device):
+    """What torch says if it cannot compile for a device, else None."""
+    return benchmark_attention.refusal(
+        lambda: processes.compiled(lambda x: x + 1, device)(torch.ones(1, device=device))
+    )
+
+
 def compare(comparison, config, images, device, repeats):
     """Run one comparison and print its rows."""
+    if comparison == "compiled" and (said := no_compiler(device)):
+        print(f"\ncompiled: left out, torch says: {said}", flush=True)
+        return
     steps, source = contestants(comparison, config, device), batches(images, config, device)
     found = side_by_side(steps, source, device, repeats)
-    amp = "off" if comparison == "float32" else "bf16"
+    amp = precision_of(comparison, device)
     rate = clock.matmul_rate(device, precision(amp, device))
     first = next(iter(found.values()))
-    print(f"\n{comparison}: matrix products {rate / 1e9:.0f} GFLOP/s")
+    print(f"\n{title(comparison, device)}: matrix products {rate / 1e9:.0f} GFLOP/s in {amp}")
     for name, seconds in found.items():
         line = f"  {name:40s} {images / seconds:7.2f} images/s"
         if not name.startswith("ours"):
@@ -254,11 +307,11 @@ def compare(comparison, config, images, device, repeats):
 
 
 def memory(images, device):
-    """Print the peak memory of three bf16 steps of ours and of transformers'.
+    """Print the peak memory of three steps of ours and of transformers', in --amp auto's precision.
 
     Each runs in a new process.
     """
-    print()
+    print(f"\nin {default_precision(device)[0]}:")
     for name in ("ours", "transformers"):
         flags = ["--images", str(images), "--only", name, "--device", device.type]
         done = subprocess.run([*COMMAND, *flags], cwd=HERE, stdout=subprocess.PIPE, text=True)
@@ -266,9 +319,9 @@ def memory(images, device):
 
 
 def only(name, config, images, device):
-    """Make three bf16 steps of one contestant; print this process's peak memory."""
+    """Make three steps of one contestant; print this process's peak memory."""
     build = {"ours": ours, "transformers": transformers}[name]
-    autocast = precision("bf16", device)
+    autocast = precision(default_precision(device)[0], device)
     step = training_step(build(config, device), autocast, True, random_tokens)
     source = batches(images, config, device)
     for _ in range(3):
@@ -363,23 +416,29 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=8, help="images per step")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each contestant")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    choices = (*COMPARISONS, "memory", "data")
+    choices, only_one = (*COMPARISONS, "memory", "data"), parser.add_mutually_exclusive_group()
     help_text = "comparisons to run; default: all"
-    parser.add_argument("--side-by-side", nargs="+", choices=choices, help=help_text)
+    only_one.add_argument("--side-by-side", nargs="+", choices=choices, help=help_text)
+    help_text = "compare ways to compute attention, and nothing else"
+    only_one.add_argument("--attention", action="store_true", help=help_text)
     help_text = "print the peak memory of one contestant, and nothing else"
-    parser.add_argument("--only", choices=("ours", "transformers"), help=help_text)
+    only_one.add_argument("--only", choices=("ours", "transformers"), help=help_text)
     args = parser.parse_args(argv)
     if min(args.images, args.repeats) < 1:
         parser.error(f"--images {args.images} and --repeats {args.repeats} must be at least 1")
     device = processes.setup(args.device, "off").device
-    config = model_config("base")
+    config = model_config("base", positions=RECIPE.positions, drop_path=RECIPE.drop_path)
     torch.manual_seed(0)
     if args.only:
         return only(args.only, config, args.images, device)
-    for peer in ("transformers", "timm.models.beit", "PIL.Image"):  # fail now, not in minutes
-        import_oracle(peer)
-    print(f"{machine()}, torch {torch.__version__}, {args.images} images per step, base model, "
-          f"medians of {args.repeats}")  # fmt: skip
+    if not args.attention:
+        for peer in ("transformers", "timm.models.beit", "PIL.Image"):  # fail now, not in minutes
+            import_oracle(peer)
+    print(f"{machine(device)}; --amp auto is {' here: '.join(default_precision(device))}\n"
+          f"torch {torch.__version__}, {args.images} images per step, base model, medians of "
+          f"{args.repeats}", flush=True)  # fmt: skip
+    if args.attention:
+        return benchmark_attention.compare(config, args.images, device, args.repeats)
     wanted = args.side_by_side or choices
     for comparison in COMPARISONS:
         if comparison in wanted:

@@ -136,17 +136,20 @@ def failure_elsewhere(error):
     return "another process died; torchrun says how"
 
 
+def computes_in_bf16(device):
+    """Whether a device needs no emulation: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def precision(amp, device):
     """(autocast context factory, GradScaler) for --amp; both do nothing where they are not needed.
 
-    auto is bf16 where the device computes in it: GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
+    auto is bf16 where the device computes in it, else off.
     """
     if amp == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        amp = "bf16" if fast else "off"
+        amp = "bf16" if computes_in_bf16(device) else "off"
     dtype = {"off": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=amp != "off"), scaler

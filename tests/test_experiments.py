@@ -1,5 +1,6 @@
 """Attention, stages, plans, claims, the report, and the benchmark against other packages."""
 
+import copy
 import functools
 import json
 import random
@@ -9,15 +10,18 @@ import shutil
 import struct
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import beit
+import pretrain
 import reproduce
 from experiments import (
     HERE,
@@ -34,6 +38,7 @@ from experiments import (
     tables,
 )
 from images import sources
+from plumbing import processes
 
 # -------------------------------------------------------- figure 2
 
@@ -393,6 +398,51 @@ def test_benchmark_of_nothing_is_refused_before_it_begins(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main([flag, "0"])
     assert f"{flag} 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_benchmark_compares_the_defaults_of_the_machine(fast, monkeypatch):
+    """Precision of each side's step, with and without bf16 on a machine; bf16 is named emulated."""
+    monkeypatch.setattr(processes, "computes_in_bf16", lambda device: fast)
+    monkeypatch.setattr(benchmark, "transformers", benchmark.ours)
+    monkeypatch.setattr(benchmark, "training_step", lambda _, autocast, *more: autocast)
+    cpu, in_bf16 = torch.device("cpu"), []
+    found = benchmark.contestants("defaults", CONFIG, cpu)
+    for autocast in found.values():
+        with autocast():
+            in_bf16.append(torch.is_autocast_enabled("cpu"))
+    assert in_bf16 == [fast, False]
+    assert list(found) == [f"ours, {'bf16' if fast else 'float32'}", "transformers, float32"]
+    assert ("emulated" in benchmark.title("bf16", cpu)) != fast
+    assert benchmark.title("tokenizer", cpu) == f"tokenizer, {'bf16' if fast else 'float32'}"
+
+
+class DropPath(nn.Module):
+    """Stands for a peer's stochastic depth."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.drop_prob = rate
+
+
+def test_benchmark_refuses_peers_that_drop_otherwise():
+    """Our rates pass; other rates, dropout and a model in eval mode do not."""
+    config = beit.BeitConfig(depth=3, drop_path=0.1)
+    same = nn.Sequential(DropPath(0.05), DropPath(0.1), nn.Dropout(0.0))
+    assert benchmark.alike(same, config) is same
+    dropout, evaluated = nn.Sequential(*same, nn.Dropout(0.1)), copy.deepcopy(same).eval()
+    for other in (nn.Sequential(), dropout, evaluated):
+        with pytest.raises(ValueError, match="drop"):
+            benchmark.alike(other, config)
+
+
+def test_benchmark_decays_what_we_decay():
+    """The peers' parameter groups, made for our model, against its own."""
+    model = pretrain.BeitForMaskedImageModeling(replace(CONFIG, positions="shared"), 11)
+    groups = [group for group in beit.parameter_groups(model, 0.1) if group["weight_decay"]]
+    decayed = [parameter for group in groups for parameter in group["params"]]
+    found, _ = benchmark.decayed_matrices(model)
+    assert {id(p) for p in found["params"]} == {id(p) for p in decayed}
 
 
 def test_benchmarks_count_of_a_step_is_what_torch_counts():

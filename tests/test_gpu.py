@@ -10,6 +10,7 @@ import copy
 import gc
 import math
 import os
+import re
 import shutil
 import time
 
@@ -19,7 +20,7 @@ import torch
 import beit
 import dvae
 import pretrain
-from experiments import costs, short_runs
+from experiments import benchmark_attention, costs, short_runs
 from plumbing import checkpoints, clock, log, noise, processes, run
 
 COMPILER = pytest.mark.skipif(
@@ -116,6 +117,28 @@ def test_sdpa_is_as_exact_as_the_plain_products(device, dtype, positions, monkey
     for name in exact:
         allowed = 3 * plain[name] + max(torch.finfo(dtype).eps, 1e-5)
         assert sdpa[name] <= allowed, (name, sdpa[name], plain[name])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+@pytest.mark.parametrize("device", DEVICES)
+def test_ways_to_compute_attention_agree(device, capsys):
+    """experiments.benchmark --attention: errors of values and gradients against float64.
+
+    On a CPU nothing is compiled, and torch's FlexAttention may have no backward there.
+    """
+    size = dict(image_size=64, dim=32, heads=2) if device == "cpu" else {}
+    config = beit.model_config("base", depth=2, **size)
+    with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
+        benchmark_attention.compare(config, 2, torch.device(device), repeats=1)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^  (\w.*?)   .* ms.*?((?:  +[\d.]+e[+-]\d+)+)$", printed, re.MULTILINE)
+    found = {name: [float(cell) for cell in cells.split()] for name, cells in rows}
+    assert len(found) == 4, printed
+    assert max(max(errors) for errors in found.values()) < 0.05, printed
+    plain, sdpa, _, flex = found.values()
+    assert len(plain) == 3 and plain != sdpa  # another way indeed
+    assert len(flex) == 3 or "FlexAttention, compiled: forward only, torch says: " in printed
 
 
 @pytest.mark.parametrize("device", DEVICES)
