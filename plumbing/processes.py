@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,7 +181,13 @@ def compiled(part, device):
 
 
 def wrap(model, process, compile_model):
-    """The model as the loop calls it: compiled and in DistributedDataParallel as needed."""
+    """The model as the loop calls it: compiled and in DistributedDataParallel as needed.
+
+    Raises ValueError if it is to be compiled for a CPU without a C++ compiler.
+    """
+    compilers = os.environ.get("CXX", "g++"), "clang++"
+    if compile_model and process.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile on a CPU needs a C++ compiler: install g++, or leave it out")
     wrapped = compiled(model, process.device) if compile_model else model
     if dist.is_initialized():
         ids = [process.device.index] if process.device.type == "cuda" else None
