@@ -27,7 +27,7 @@ RECIPES = {
     # name: (demo, fashion, photos, base, large, range, help). base: the paper's, for ADE20K.
     "data": ("shapes", "fashion-scenes", None, None, None, "", "a set with masks (docs/data.md)"),
     "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "pixels of crop and sliding window"),
-    "train_images": (800, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
+    "train_images": (200, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
     "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size for --init random: see MODELS"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     "decoder_dim": (64, 64, 64, 256, 256, "[8, 65536]", "channels between deconvolution layers"),
@@ -39,8 +39,8 @@ RECIPES = {
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "photometric": (False, False, True, True, True, "", "vary brightness, contrast, colours"),
     # optimisation
-    "steps": (100, 300, 600, 160_000, 160_000, "[1, 1e9]", "optimisation steps"),
-    "warmup_steps": (10, 30, 60, 1500, 1500, "[0, 1e9]", "linear warm-up; then linear to 0"),
+    "steps": (300, 300, 600, 160_000, 160_000, "[1, 1e9]", "optimisation steps"),
+    "warmup_steps": (30, 30, 60, 1500, 1500, "[0, 1e9]", "linear warm-up; then linear to 0"),
     "decay_from_start": (*(False,) * 3, *(True,) * 2, "", "decay from step 0, not after warm-up"),
     "batch_size": (16, 32, 16, 16, 16, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (1.6e-2, 8e-3, 4e-3, 1e-3, 1e-3, "[0, 100]", "peak learning rate of the decoder"),

@@ -330,6 +330,7 @@ class Runner:
         for name in {self.settings["data"], self.settings["scenes"]} - {DRAWN, None}:
             for split in ("train", "test"):
                 source = sets.open_source(name, split, self.data_dir)
+                source.read([0])  # image files need Pillow: fail now, not in hours
                 for what, value in sources.fingerprint(source).items():
                     found[f"{what} of {name} {split}"] = value
         return found

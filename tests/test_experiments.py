@@ -287,6 +287,21 @@ def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
     assert len(saved["tables"]["claims"]["rows"]) == len(tested)
 
 
+def test_pictures_that_cannot_be_read_end_it_before_the_first_stage(tmp_path, monkeypatch):
+    """Each set's first image is read: without Pillow, hours would be lost before the first."""
+
+    def refuse(indices):
+        raise ValueError(f"no Pillow for {indices}")
+
+    source = types.SimpleNamespace(read=refuse)
+    monkeypatch.setattr(stages.sets, "open_source", lambda *settings: source)
+    settings = paper.settings("photos", scenes="objects")
+    with pytest.raises(ValueError, match="no Pillow for .0."):
+        with stages.Runner(tmp_path / "out", "photos", settings):
+            pytest.fail("a stage could start")
+    assert not (tmp_path / "out").exists()
+
+
 def test_grid14_plans_what_it_runs(no_processes, tmp_path):
     """Four rows, each with its pre-training seeds; a verdict on each; not for drawn shapes."""
     runner, total = planned(tmp_path, "fashion", 2, [paper.grid14])
