@@ -43,7 +43,7 @@ RECIPES = {
     "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "[0, 1]", "label smoothing"),
     "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "share of the side in evaluation"),
     # optimisation
-    "epochs": (10.0, 10.0, 20.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
+    "epochs": (12.0, 10.0, 20.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
     "warmup_epochs": (1.0, 1.0, 2.0, 20.0, 5.0, "[0, 1e6]", "epochs of linear warm-up"),
     "batch_size": (40, 50, 50, 1024, 1024, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (2e-3, 1e-3, 2e-3, 4e-3, 1e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),

@@ -72,7 +72,7 @@ RECIPES = {
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 3.0, 1.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
     "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
-    "save_every": (500, 500, 2000, 2500, 2500, "[1, 1e9]", "steps between evaluations, saves"),
+    "save_every": (1000, 500, 2000, 2500, 2500, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 
 KIND = "pretraining"  # of its checkpoints

@@ -45,7 +45,7 @@ RECIPES = {
     "beta_steps": (0, 0, 0, 5000, 5000, "[0, 1e9]", "steps until the final KL weight"),
     # optimisation
     "steps": (600, 700, 1000, 3_000_000, 3_000_000, "[1, 1e9]", "optimisation steps"),
-    "batch_size": (32, 64, 32, 512, 512, "[1, 1e6]", "global batch; scale lr with it"),
+    "batch_size": (64, 64, 32, 512, 512, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (4e-3, 4e-3, 4e-3, 1e-4, 1e-4, "[0, 100]", "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-4, 1e-4, 1e-4, 1.25e-6, 1.25e-6, "[0, 100]", "final learning rate"),
     "warmup_steps": (50, 50, 50, 5000, 5000, "[0, 1e9]", "steps of linear warm-up"),

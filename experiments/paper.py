@@ -32,7 +32,7 @@ RECIPES = {
     "scenes": ("shapes", "fashion-scenes", None, "images with masks, for segmentation"),
     "seeds": (3, 3, 3, "fine-tuning runs per row, each with its own labelled images"),
     "labels": ((100,), (100, 10), (100,), "labels per class for fine-tuning the classifier"),
-    "cls_epochs": ((10.0,), (10.0, 100.0), (20.0,), "epochs for each of `labels`"),
+    "cls_epochs": ((12.0,), (10.0, 100.0), (20.0,), "epochs for each of `labels`"),
     "cls_batch": (40, 50, 50, "batch size of the classifier"),
     "cls_lr": ((2e-3,), (1e-3, 2e-3), (2e-3,), "learning rates of pre-trained classifiers"),
     "cls_lr_random": ((1e-3,), *((2.5e-4, 5e-4, 1e-3),) * 2, "learning rates from scratch"),
