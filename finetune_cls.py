@@ -142,7 +142,7 @@ def main(argv=None):
     args = command_line.parse_recipe(parser, RECIPES, argv, SIZE_OF_INIT)
     if args.linear_probe:  # stochastic depth off: the frozen backbone is in evaluation mode
         args.randaugment = args.erasing = args.mixup = args.cutmix = args.drop_path = 0.0
-    process = processes.setup(args.device, args.amp)
+    process = processes.setup(args.device, args.amp, args.compile)
     if args.eval:
         model, held_out, normalise = prepare_evaluation(args)
     else:

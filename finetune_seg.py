@@ -196,7 +196,7 @@ def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
     command_line.add_init_flags(parser)
     args = command_line.parse_recipe(parser, RECIPES, argv, SIZE_OF_INIT)
-    process = processes.setup(args.device, args.amp)
+    process = processes.setup(args.device, args.amp, args.compile)
     if args.eval:
         model, held_out, normalise = prepare_evaluation(args)
     else:

@@ -317,7 +317,7 @@ def main(argv=None):
     command_line.add_number(parser, "--layer-scale", float, "[0, 100]", layer_scale)
     command_line.add_look_flags(parser, "a checkpoint.pt, or published BEiT weights", True)
     args = command_line.parse_recipe(parser, RECIPES, argv)
-    process = processes.setup(args.device, args.amp)
+    process = processes.setup(args.device, args.amp, args.compile)
     tokenizer = load_tokenizer(args.tokenizer).to(process.device) if args.tokenizer else None
     predicts = weights.digest(tokenizer.state_dict()) if tokenizer else args.target
     torch.manual_seed(args.seed)

@@ -130,7 +130,7 @@ def main(argv=None):
     parser = command_line.recipe_parser(__doc__, RECIPES)
     command_line.add_look_flags(parser, "a checkpoint.pt of this script, or dalle:FOLDER")
     args = command_line.parse_recipe(parser, RECIPES, argv)
-    process = processes.setup(args.device, args.amp)
+    process = processes.setup(args.device, args.amp, args.compile)
     torch.manual_seed(args.seed)
     model = evaluated = build_model(args).to(process.device)
     held_out = dataset(args, args.eval_split, False)

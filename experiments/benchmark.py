@@ -11,11 +11,11 @@ pre-training code on timm's backbone, which descends from it: attention without 
 head at the masked positions, AdamW not fused, and the tokenizer in float32 outside autocast.
 
 All contestants have the same sizes, images, masks, stochastic depth, weight decay and AdamW
-settings, those of our recipe `base`; nobody has dropout; weights are random. Each repeat makes one
-step of every contestant in turn, so that a slow moment of the machine affects all of them. The
+settings, those of our recipe `base`; no model has dropout; weights are random. Each repeat makes
+one step of every contestant in turn, so that a slow moment of the machine affects all of them. The
 rate of loading data is measured too.
 
-"bf16" and "float32" are what they say. "defaults" gives each side its own default: ours is what
+"bf16" and "float32" run in that precision. "defaults" gives each side its own default: ours is what
 --amp auto picks on this machine, transformers' is float32. The rest runs in what --amp auto picks.
 
 `python pretrain.py --benchmark 10` shows where the time of one step goes.
@@ -102,20 +102,20 @@ def decayed_matrices(model):
 
 
 def alike(model, config):
-    """A peer's model, unless it differs from ours in what it drops: then ValueError.
+    """Return the peer's model. Raises ValueError if its stochastic depth or dropout is not ours.
 
     Another version of a package may have other defaults, or ignore a setting.
     """
     with torch.device("meta"):
-        ours = {round(block.drop_path_rate, 6) for block in Beit(config).blocks}
+        our_rates = {round(block.drop_path_rate, 6) for block in Beit(config).blocks}
     paths = [part for part in model.modules() if type(part).__name__.endswith("DropPath")]
-    theirs = {round(part.drop_prob, 6) for part in paths if part.training}
+    their_rates = {round(part.drop_prob, 6) for part in paths if part.training}
     dropout = {part.p for part in model.modules() if isinstance(part, nn.Dropout)}
-    if theirs - {0} != ours - {0} or dropout - {0}:
+    if their_rates - {0} != our_rates - {0} or dropout - {0}:
         raise ValueError(
-            f"{type(model).__name__} drops branches at rates {sorted(theirs)} and has dropout "
-            f"{sorted(dropout)}, ours drops branches at {sorted(ours)}: install the versions of "
-            "docs/speed.md"
+            f"{type(model).__name__} drops branches at rates {sorted(their_rates)} and has dropout "
+            f"{sorted(dropout)}, ours drops branches at {sorted(our_rates)}: install the versions "
+            "of docs/speed.md"
         )
     return model
 
@@ -348,7 +348,7 @@ def data_path():
 
     def draw_masks():
         for _ in range(5000):
-            make_mask("blockwise", rng, GRID, MASKED, 16)
+            make_mask(RECIPE.masking, rng, GRID, MASKED, RECIPE.min_block)
 
     print(f"\nmasks of 14 x 14                          {rate_of(draw_masks, 5000):,.0f} "
           "a second on one core")  # fmt: skip
@@ -416,13 +416,17 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=8, help="images per step")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each contestant")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    choices, only_one = (*COMPARISONS, "memory", "data"), parser.add_mutually_exclusive_group()
-    help_text = "comparisons to run; default: all"
-    only_one.add_argument("--side-by-side", nargs="+", choices=choices, help=help_text)
-    help_text = "compare ways to compute attention, and nothing else"
-    only_one.add_argument("--attention", action="store_true", help=help_text)
-    help_text = "print the peak memory of one contestant, and nothing else"
-    only_one.add_argument("--only", choices=("ours", "transformers"), help=help_text)
+    choices = (*COMPARISONS, "memory", "data")
+    only_one = parser.add_mutually_exclusive_group()
+    only_one.add_argument(
+        "--side-by-side", nargs="+", choices=choices, help="comparisons to run; default: all"
+    )
+    only_one.add_argument(
+        "--attention", action="store_true", help="compare ways to compute attention, nothing else"
+    )
+    only_one.add_argument(
+        "--only", choices=("ours", "transformers"), help="print the peak memory of one contestant"
+    )
     args = parser.parse_args(argv)
     if min(args.images, args.repeats) < 1:
         parser.error(f"--images {args.images} and --repeats {args.repeats} must be at least 1")

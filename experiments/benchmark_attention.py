@@ -199,7 +199,8 @@ def possible(device, data, autocast):
 
 def row(steps, wrong):
     """A way's cells under COLUMNS, from its Steps and its results' errors."""
-    forward, both = (1e3 * statistics.median(times) for times in list(zip(*steps))[:2])
+    forward = 1e3 * statistics.median(step.forward for step in steps)
+    both = 1e3 * statistics.median(step.both for step in steps)
     memory = max(step.memory for step in steps)
     return [
         f"{both:.1f} ms" if len(wrong) > 1 else "",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,17 +33,26 @@ class Process:
     scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False)  # for fp16
 
 
-def setup(device, amp):
+def setup(device, amp, compile_model=False):
     """Join torchrun's process group if there is one; return this Process.
 
     device: auto, cpu or cuda; amp: auto, off, bf16 or fp16. gloo on CPUs, nccl on GPUs. From here
-    on float32 is float32. Raises ValueError for a device that this machine does not have.
+    on float32 is float32. Raises ValueError for a device that this machine does not have, and if a
+    model is to be compiled for a CPU without a C++ compiler.
     """
     device = find_device(device)
-    # cuDNN's default, TF32, has 10 bits: Encoder.exact's tokens would depend on the device.
+    if compile_model and device.type == "cpu" and not shutil.which(compiler()):
+        raise ValueError(f"--compile needs a C++ compiler, and {compiler()} is not there: install "
+                         "it, set CXX to another, or leave out --compile")  # fmt: skip
+    # cuDNN's default, TF32, has 11 significant bits: Encoder.exact's tokens would differ by device.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rank, world = join(device) if "RANK" in os.environ else (0, 1)
     return Process(device, rank, world, *precision(amp, device))
+
+
+def compiler():
+    """The C++ compiler that torch.compile runs for CPUs."""
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
 
 
 def find_device(name):
@@ -181,13 +191,7 @@ def compiled(part, device):
 
 
 def wrap(model, process, compile_model):
-    """The model as the loop calls it: compiled and in DistributedDataParallel as needed.
-
-    Raises ValueError if it is to be compiled for a CPU without a C++ compiler.
-    """
-    compilers = os.environ.get("CXX", "g++"), "clang++"
-    if compile_model and process.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile on a CPU needs a C++ compiler: install g++, or leave it out")
+    """The model as the loop calls it: compiled and in DistributedDataParallel as needed."""
     wrapped = compiled(model, process.device) if compile_model else model
     if dist.is_initialized():
         ids = [process.device.index] if process.device.type == "cuda" else None

@@ -252,6 +252,15 @@ def test_benchmark_has_no_use_for_the_logs_flags(arrays, tmp_path, capsys):
     assert "--benchmark has no use for --log-every, --save-every" in capsys.readouterr().err
 
 
+def test_compiling_without_a_compiler_is_refused_at_once(arrays, tmp_path, monkeypatch):
+    """--compile on a CPU whose C++ compiler is not there: refused before anything is written."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    flags = short_runs.script_flags("tokenizer", arrays, tmp_path)
+    with pytest.raises(ValueError, match="--compile needs a C.. compiler, and no-such-compiler"):
+        train_tokenizer.main([*flags, "--device", "cpu", "--compile", "--out", str(tmp_path / "t")])
+    assert not (tmp_path / "t").exists()
+
+
 # -------------------------------------------------------- memory
 
 

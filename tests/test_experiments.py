@@ -288,7 +288,7 @@ def test_reproduce_plans_what_it_runs(no_processes, tmp_path):
 
 
 def test_pictures_that_cannot_be_read_end_it_before_the_first_stage(tmp_path, monkeypatch):
-    """Each set's first image is read: without Pillow, hours would be lost before the first."""
+    """Each set's first image is read: otherwise a missing Pillow is found only after hours."""
 
     def refuse(indices):
         raise ValueError(f"no Pillow for {indices}")
@@ -445,8 +445,9 @@ def test_benchmark_refuses_peers_that_drop_otherwise():
     config = beit.BeitConfig(depth=3, drop_path=0.1)
     same = nn.Sequential(DropPath(0.05), DropPath(0.1), nn.Dropout(0.0))
     assert benchmark.alike(same, config) is same
+    rates = nn.Sequential(DropPath(0.1), DropPath(0.2))
     dropout, evaluated = nn.Sequential(*same, nn.Dropout(0.1)), copy.deepcopy(same).eval()
-    for other in (nn.Sequential(), dropout, evaluated):
+    for other in (nn.Sequential(), rates, dropout, evaluated):
         with pytest.raises(ValueError, match="drop"):
             benchmark.alike(other, config)
 

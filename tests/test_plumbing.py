@@ -77,18 +77,6 @@ def test_compiled_is_the_plain_function():
         assert torch.equal(compiled(prediction, z), pretrain.recovery_loss(prediction, z))
 
 
-def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch):
-    """--compile on a CPU that has no C++ compiler, against one that has."""
-    process, model = processes.Process(), torch.nn.Linear(1, 1)
-    monkeypatch.setattr(processes.shutil, "which", {"g++": "/bin/g++"}.get)
-    monkeypatch.delenv("CXX", raising=False)
-    assert processes.wrap(model, process, True) is not model
-    monkeypatch.setenv("CXX", "nothing")
-    with pytest.raises(ValueError, match="needs a C.. compiler"):
-        processes.wrap(model, process, True)
-    assert processes.wrap(model, process, False) is model
-
-
 # -------------------------------------------------------- signals and checkpoints
 
 
