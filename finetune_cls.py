@@ -43,10 +43,10 @@ RECIPES = {
     "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "[0, 1]", "label smoothing"),
     "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "share of the side in evaluation"),
     # optimisation
-    "epochs": (12.0, 10.0, 20.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
-    "warmup_epochs": (1.0, 1.0, 2.0, 20.0, 5.0, "[0, 1e6]", "epochs of linear warm-up"),
+    "epochs": (15.0, 10.0, 20.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
+    "warmup_epochs": (1.5, 1.0, 2.0, 20.0, 5.0, "[0, 1e6]", "epochs of linear warm-up"),
     "batch_size": (40, 50, 50, 1024, 1024, "[1, 1e6]", "global batch; scale lr with it"),
-    "lr": (2e-3, 1e-3, 2e-3, 4e-3, 1e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
+    "lr": (1e-3, 1e-3, 2e-3, 4e-3, 1e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-6, 1e-6, 1e-6, 1e-6, 1e-6, "[0, 100]", "final learning rate"),
     "layer_decay": (0.75, 0.75, 0.75, 0.65, 0.75, "(0, 1]", "lr factor per layer below the head"),
     "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),

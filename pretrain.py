@@ -63,8 +63,8 @@ RECIPES = {
     "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute|relative|shared", "E_pos, bias"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.1, "[0, 1)", "stochastic depth"),
     # optimisation
-    "epochs": (8.0, 4.4, 36.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
-    "warmup_epochs": (0.5, 0.3, 1.0, 10.0, 10.0, "[0, 1e6]", "epochs of linear warm-up"),
+    "epochs": (10.0, 4.4, 36.0, 800.0, 800.0, "(0, 1e6]", "passes over the training images"),
+    "warmup_epochs": (0.6, 0.3, 1.0, 10.0, 10.0, "[0, 1e6]", "epochs of linear warm-up"),
     "batch_size": (64, 128, 32, 2048, 2048, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (1e-3, 2e-3, 1e-3, 1.5e-3, 1.5e-3, "[0, 100]", "peak learning rate; cosine to min_lr"),
     "min_lr": (1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "[0, 100]", "final learning rate"),
