@@ -26,6 +26,7 @@ def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
         return images.flatten(1), torch.from_numpy(source.labels)  # grey images: one channel
 
     def fit(x, y, penalty):
+        """Weights (pixels + 1, classes) for pixels x (n, pixels), labels y (n,); row 0: biases."""
         weight = torch.zeros(x.shape[1] + 1, len(train.classes), requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 

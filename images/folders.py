@@ -197,6 +197,7 @@ def masked_source(root, split):
         return root / "annotations" / image.relative_to(images).with_suffix(".png")
 
     def make(pool):
+        """The Files of all images below `pool`: see open_split."""
         paths = listed_images(pool)
         masks = [mask_of(path) for path in paths]
         for mask in masks:
