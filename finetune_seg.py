@@ -39,8 +39,8 @@ RECIPES = {
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "photometric": (False, False, True, True, True, "", "vary brightness, contrast, colours"),
     # optimisation
-    "steps": (200, 300, 1100, 160_000, 160_000, "[1, 1e9]", "optimisation steps"),
-    "warmup_steps": (20, 30, 110, 1500, 1500, "[0, 1e9]", "linear warm-up; then linear to 0"),
+    "steps": (200, 300, 1000, 160_000, 160_000, "[1, 1e9]", "optimisation steps"),
+    "warmup_steps": (20, 30, 100, 1500, 1500, "[0, 1e9]", "linear warm-up; then linear to 0"),
     "decay_from_start": (*(False,) * 3, *(True,) * 2, "", "decay from step 0, not after warm-up"),
     "batch_size": (16, 32, 16, 16, 16, "[1, 1e6]", "global batch; scale lr with it"),
     "lr": (1.6e-2, 8e-3, 1.6e-2, 1e-3, 1e-3, "[0, 100]", "peak learning rate of the decoder"),
