@@ -38,7 +38,7 @@ RECIPES = {
     "cls_lr_random": ((5e-4,), *((2.5e-4, 5e-4, 1e-3),) * 2, "learning rates from scratch"),
     "seg_images": (200, 200, 0, "images with masks for fine-tuning the segmenter"),
     "seg_lr": ((1.6e-2,), (8e-3,), (1.6e-2,), "learning rates of pre-trained segmenters"),
-    "seg_lr_random": ((8e-3,), (2e-3, 4e-3, 8e-3), (8e-3,), "from random weights"),
+    "seg_lr_random": ((8e-3,), (2e-3, 4e-3, 8e-3), (4e-3,), "from random weights"),
     "longer": (0, 4, 4, "also train from scratch for this many times the steps; 0: do not"),
     "all_labels": (False, False, True, "summary: also fine-tune with all labels"),
     # the tables only
