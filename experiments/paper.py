@@ -42,7 +42,7 @@ RECIPES = {
     "longer": (0, 4, 4, "also train from scratch for this many times the steps; 0: do not"),
     "all_labels": (False, False, True, "summary: also fine-tune with all labels"),
     # the tables only
-    "pretraining_seeds": (2, 2, 1, "pre-training runs of the rows BEiT and pixels"),
+    "pretraining_seeds": (2, 2, 2, "pre-training runs of the rows BEiT and pixels"),
     "probe_lr": (*((4e-3, 1.6e-2),) * 3, "learning rates of the linear probe"),
     "all_epochs": (3.0, 1.0, 3.0, "epochs with the labels of the whole training set"),
     "all_lr": (*((1e-3, 2e-3),) * 2, (2e-3,), "learning rates of BEiT there"),
