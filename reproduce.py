@@ -38,6 +38,7 @@ def parse(argv):
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
     add("--budgets", action="store_true", help="table 4's rows about masking, each at four budgets")
+    add("--tokenizers", action="store_true", help="VQ-VAE's tokenizer, and other vocabularies")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"
     command_line.add_number(parser, "--seeds", int, "[1, 1000]", seeds)
@@ -51,6 +52,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.budgets and args.recipe == "demo":
         parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")
+    if args.tokenizers and args.recipe != "photos":
+        parser.error("--tokenizers compares those of photographs: use --recipe photos")
     if args.grid14 and args.recipe != "fashion":
         parser.error(
             "--grid14 repeats fashion's table 4 on scenes of 56 x 56 pixels: use --recipe fashion"
@@ -75,7 +78,7 @@ def run(args):
     """Plan the stages, run them, print the tables and write the report."""
     start = time.monotonic()
     names = [f"table {number}" for number in args.table] + ["grid 14"] * args.grid14
-    names += ["budgets"] * args.budgets
+    names += ["tokenizers"] * args.tokenizers + ["budgets"] * args.budgets
     names += [f"figure {number}" for number in args.figure]
     names = names or ["summary"]
     check_folder(args.out, args.resume)

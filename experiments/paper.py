@@ -54,6 +54,9 @@ RECIPES = {
     # table 4's rows about masking and targets at several budgets
     "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
     "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
+    # table 4's tokenizers
+    "vocabularies": (None, None, (256, 2048), "other sizes of the vocabulary"),
+    "tokenizers_budget": (None, None, 1 / 4, "factor on pretrain.py's epochs there"),
     # the rows of table 4 about masking on the paper's own grid; drawn shapes are too small for it
     "grid14_pretrain": (None, GRID14, None, "flags of pretrain.py, on the scenes"),
     "grid14_classify": (None, ("--image-size", 28), None, "flags of finetune_cls.py: garments"),
@@ -80,10 +83,15 @@ def slug(text):
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def tokenizer_call(runner, name="tokenizer", *flags):
+    """Stage 1 for runner.stages: (name, script, *flags)."""
+    common = ("--data", runner.settings["data"], "--eval-split", "test")
+    return name, "train_tokenizer.py", *common, *flags
+
+
 def tokenizer_stage(runner, name="tokenizer", *flags):
     """Run stage 1 and return its record."""
-    common = ("--data", runner.settings["data"], "--eval-split", "test")
-    return runner.stage(name, "train_tokenizer.py", *common, *flags)
+    return runner.stage(*tokenizer_call(runner, name, *flags))
 
 
 def beit_call(runner, row, tokenizer, *flags, seed=0, images="data"):
@@ -488,6 +496,34 @@ def budgets(runner):
     return {"title": "Table 4's rows by budget", "columns": columns, "rows": rows}
 
 
+def tokenizers(runner):
+    """Table 4's tokenizers: Gumbel-softmax against VQ, and other sizes of the vocabulary.
+
+    The row BEiT has the recipe's. All are pre-trained for a part of the recipe's epochs.
+    """
+    s = runner.settings
+    flags = {"BEiT": (), "VQ-VAE tokenizer": ("--quantizer", "vq")}
+    flags |= {f"vocabulary of {size}": ("--vocab-size", size) for size in s["vocabularies"]}
+    found = runner.stages(
+        {row: tokenizer_call(runner, f"tokenizer-{slug(row)}", *f) for row, f in flags.items()}
+    )
+    epochs, calls = longer_flags(runner.recipe, s["tokenizers_budget"]), {}
+    for row, tokenizer in found.items():
+        calls[row, 0] = beit_call(runner, f"tokens of {row}", tokenizer, *epochs)
+    records = runner.stages(calls)
+    cls, seg = downstream(runner, records, s["seg_lr"], prefix="tokens-")
+    rows = []
+    for row, tokenizer in found.items():
+        mse, beit = f"{tokenizer['reconstruction_mse']:.4f}", records[row, 0]
+        codes = f"{tokenizer['codebook_used']}, {tokenizer['codebook_perplexity']:.0f}"
+        right = [f"{100 * beit[name]:.1f}" for name in ("mim_accuracy", "commonest_token")]
+        rows.append([row, mse, codes, *right, run_cell(cls[row]), run_cell(seg.get(row))])
+    columns = ["", "token MSE", "codes used, perplexity", "masked tokens right, %", "commonest, %"]
+    columns += [f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
+    title = f"Table 4's tokenizers, {epochs[1]:g} epochs of pre-training"
+    return {"title": title, "columns": columns, "rows": rows}
+
+
 def knn(runner, record):
     """k-NN accuracy in percent of the last layer of a stage's checkpoint, kept in its folder."""
     kept = Path(record["checkpoint"]).with_name("knn.json")
@@ -529,4 +565,4 @@ def figure2(runner):
 
 
 EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
-EXPERIMENTS |= {"budgets": budgets, "grid 14": grid14, "figure 2": figure2}
+EXPERIMENTS |= {"tokenizers": tokenizers, "budgets": budgets, "grid 14": grid14, "figure 2": figure2}

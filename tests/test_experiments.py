@@ -341,6 +341,21 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     assert "<polyline" in (tmp_path / "budgets.svg").read_text()
 
 
+def test_tokenizers_plan_what_they_run(no_processes, tmp_path):
+    """A tokenizer, a pre-training run and two classifiers for each of four rows; photos only."""
+    runner, total = planned(tmp_path, "photos", 2, [paper.tokenizers])
+    table = paper.tokenizers(runner)
+    assert runner.progress.counts() == (total, total) == (16, 16)
+    rows = ["BEiT", "VQ-VAE tokenizer", "vocabulary of 256", "vocabulary of 2048"]
+    assert [row[0] for row in table["rows"]] == rows
+    commands = [json.loads(path.read_text())["command"] for path in tmp_path.glob("*.json")]
+    assert sum("--vocab-size 2048" in command for command in commands) == 1
+    assert sum("--epochs 9.0" in command and "pretrain" in command for command in commands) == 4
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    with pytest.raises(SystemExit):
+        reproduce.main(["--tokenizers", "--out", str(tmp_path / "demo")])
+
+
 def test_estimate_follows_the_stages_that_have_ended(tmp_path):
     """Recorded 100 and 50 seconds: 150 before the first; if it takes 200, then 100 are left."""
     progress = stages.Progress({"tokenizer": 100.0, "beit-0": 50.0}, jobs=1)
