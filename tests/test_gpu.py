@@ -9,7 +9,6 @@ Without a GPU, a CPU runs the same tests as far as it can; the rest is skipped.
 import copy
 import gc
 import math
-import os
 import re
 import shutil
 import time
