@@ -565,4 +565,5 @@ def figure2(runner):
 
 
 EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
-EXPERIMENTS |= {"tokenizers": tokenizers, "budgets": budgets, "grid 14": grid14, "figure 2": figure2}
+EXPERIMENTS |= {"grid 14": grid14, "figure 2": figure2}
+EXPERIMENTS |= {"tokenizers": tokenizers, "budgets": budgets}
