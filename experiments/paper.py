@@ -54,7 +54,7 @@ RECIPES = {
     # table 4's rows about masking and targets at several budgets
     "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
     "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
-    # table 4's tokenizers
+    # other tokenizers, which the paper does not compare
     "vocabularies": (None, None, (256, 2048), "other sizes of the vocabulary"),
     "tokenizers_budget": (None, None, 1 / 4, "factor on pretrain.py's epochs there"),
     # the rows of table 4 about masking on the paper's own grid; drawn shapes are too small for it
@@ -497,9 +497,9 @@ def budgets(runner):
 
 
 def tokenizers(runner):
-    """Table 4's tokenizers: Gumbel-softmax against VQ, and other sizes of the vocabulary.
+    """Not in the paper: VQ instead of Gumbel-softmax, and other sizes of the vocabulary.
 
-    The row BEiT has the recipe's. All are pre-trained for a part of the recipe's epochs.
+    The row BEiT has the recipe's tokenizer. Pre-training takes a part of the recipe's epochs.
     """
     s = runner.settings
     flags = {"BEiT": (), "VQ-VAE tokenizer": ("--quantizer", "vq")}
@@ -520,7 +520,7 @@ def tokenizers(runner):
         rows.append([row, mse, codes, *right, run_cell(cls[row]), run_cell(seg.get(row))])
     columns = ["", "token MSE", "codes used, perplexity", "masked tokens right, %", "commonest, %"]
     columns += [f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
-    title = f"Table 4's tokenizers, {epochs[1]:g} epochs of pre-training"
+    title = f"Other tokenizers, {epochs[1]:g} epochs of pre-training"
     return {"title": title, "columns": columns, "rows": rows}
 
 
