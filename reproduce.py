@@ -38,7 +38,7 @@ def parse(argv):
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
     add("--budgets", action="store_true", help="table 4's rows about masking, each at four budgets")
-    add("--tokenizers", action="store_true", help="VQ-VAE's tokenizer and other vocabularies beside BEiT's")
+    add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"
     command_line.add_number(parser, "--seeds", int, "[1, 1000]", seeds)
