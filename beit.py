@@ -412,7 +412,7 @@ def resize_relative_table(table, grid):
     """A relative table for another grid: ((2n-1)² + 3, heads) -> ((2 grid - 1)² + 3, heads).
 
     Cubic interpolation from geometric_offsets to unit spacing in both directions; the last three
-    rows stay. Raises ValueError for a grid of fewer than 3 patches, too few for a cubic.
+    rows stay. Raises ValueError for a table of fewer than 3 x 3 patches: too few for a cubic.
     """
     side = math.isqrt(table.shape[0] - 3)
     old = (side + 1) // 2

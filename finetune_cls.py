@@ -41,7 +41,7 @@ RECIPES = {
     "mixup": (0.0, 0.0, 0.0, 0.8, 0.8, "[0, 1000]", "alpha of mixup; 0: none"),
     "cutmix": (0.0, 0.0, 0.0, 1.0, 1.0, "[0, 1000]", "alpha; 0: none; with mixup, half the steps"),
     "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "[0, 1]", "label smoothing"),
-    "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "share of the side in evaluation"),
+    "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "evaluated share of side, below 384"),
     # optimisation
     "epochs": (15.0, 10.0, 20.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
     "warmup_epochs": (1.5, 1.0, 2.0, 20.0, 5.0, "[0, 1e6]", "epochs of linear warm-up"),
@@ -52,7 +52,7 @@ RECIPES = {
     "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 10_000, 10_000, 50_000, 50_000, "[1, 1e9]", "most images to evaluate on"),
+    "eval_images": (1000, 10_000, 10_000, 50_000, 50_000, "[1, 1e9]", "limit on evaluation images"),
     "save_every": (1000, 1000, 1000, 1000, 1000, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "classification"  # of its checkpoints

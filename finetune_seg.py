@@ -1,7 +1,7 @@
 """Semantic segmentation (section 2.6): BEiT encodes, several deconvolution layers decode.
 
     python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg
-    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2   # after intermediate one
+    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2   # after classification
     python finetune_seg.py --eval --init runs/seg/checkpoint.pt               # evaluate only
     torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --workers 8 \\
         --init runs/beit/checkpoint.pt --out runs/seg                         # one node of GPUs
@@ -30,7 +30,7 @@ RECIPES = {
     "train_images": (200, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
     "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size for --init random: see MODELS"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
-    "decoder_dim": (64, 64, 32, 256, 256, "[8, 65536]", "channels between deconvolution layers"),
+    "decoder_dim": (64, 64, 32, 256, 256, "[8, 65536]", "decoder channels, a multiple of 8"),
     # augmentation
     "min_scale": (1.0, 1.0, 1.0, 0.5, 0.5, "[0.01, 100]", "smallest factor to resize an image by"),
     "max_scale": (1.0, 1.0, 1.25, 2.0, 2.0, "[0.01, 100]", "largest factor; then comes the crop"),
@@ -48,7 +48,7 @@ RECIPES = {
     "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (500, 1000, 1000, 2000, 2000, "[1, 1e9]", "most images to evaluate on"),
+    "eval_images": (500, 1000, 1000, 2000, 2000, "[1, 1e9]", "limit on evaluation images"),
     "save_every": (1000, 1000, 1000, 16_000, 16_000, "[1, 1e9]", "steps between evaluations"),
 }  # fmt: skip
 KIND = "segmentation"  # of its checkpoints
@@ -153,7 +153,7 @@ def evaluate(model, held_out, args, normalise, process):
 
 @torch.no_grad()
 def draw_pictures(model, held_out, normalise, process, out):
-    """segmentation.png: image, truth, prediction of twelve held-out images' top left crops."""
+    """segmentation.png: image, truth, prediction of twelve held-out images' centre crops."""
     images, masks = held_out.pictures(12)
     x = batches.to_float(images, process.device)
     model.eval()

@@ -107,19 +107,19 @@ def most_masked(kind, grid, ratio, min_block):
 def make_mask(kind, rng, grid, ratio, min_block):
     """The mask of --masking: blockwise, printed, random, or none (table 4, "- masking").
 
-    Raises ValueError on other names, and if ratio or min_block does not fit the grid.
+    Raises ValueError on other names, and if the ratio or the blocks do not fit the grid.
     """
     count = target(grid, grid, ratio)
+    if kind == "random":
+        return random_mask(rng, grid, grid, count)
+    if kind == "none":
+        return np.zeros((grid, grid), dtype=bool)
     if not 1 <= min_block <= count or kind == "blockwise" and not fits(grid, count, min_block):
         raise ValueError(f"min block {min_block} fits nowhere: {count} of {grid}x{grid} to mask")
     if kind == "blockwise":
         return blockwise_mask(rng, grid, grid, count, min_block)
     if kind == "printed":
         return printed_mask(rng, grid, grid, ratio, min_block)
-    if kind == "random":
-        return random_mask(rng, grid, grid, count)
-    if kind == "none":
-        return np.zeros((grid, grid), dtype=bool)
     raise ValueError(f"masking {kind!r} is none of 'blockwise', 'printed', 'random', 'none'")
 
 

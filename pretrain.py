@@ -17,8 +17,8 @@ This is the second stage of the VAE view (section 2.4). The bound of eq. 2,
 
     log p(x | x~) >= E_(z ~ q_phi(z|x)) [ log p_psi(x|z) ] - KL[ q_phi(z|x), p_theta(z|x~) ],
 
-becomes eq. 3 with the likeliest tokens z^ in place of the expectation:
-log p_psi(x|z^) + log p_theta(z^|x~). `evaluate` reports its two terms in nats per image.
+becomes eq. 3: E_z[log p_psi(x|z)], stage 1, plus log p_theta(z^|x~), stage 2, with the likeliest
+tokens z^. `evaluate` reports both, the first at z^ as well, in nats per image.
 
 Each ablation of table 4 is a flag: --masking random, --target pixels, --recover all, and
 --masking none together with --recover all.
@@ -49,7 +49,7 @@ RECIPES = {
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels of the view cut into patches"),
     "token_size": (24, 28, 112, 112, 112, "[1, 65536]", "pixels of that crop for the tokenizer"),
     "normalise": (*("half",) * 3, *("imagenet",) * 2, "half|imagenet", "pixel mean and std"),
-    "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "(0, 1]", "least share of the area in a crop; 1: none"),
+    "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "(0, 1]", "least share of area in a crop; 1: a square"),
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),
     # masking and targets; table 4 has other values
@@ -71,7 +71,7 @@ RECIPES = {
     "beta2": (0.98, 0.98, 0.98, 0.999, 0.999, "[0, 1)", "AdamW's second beta; the first is 0.9"),
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 3.0, 1.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
-    "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
+    "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "limit on evaluation images"),
     "save_every": (1000, 500, 2000, 2500, 2500, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 
@@ -345,8 +345,8 @@ def main(argv=None):
         x, pixels, mask = two_views(batch, process.device, args.normalise)
         to_predict = positions_to_predict(args.recover, mask)  # (B, N): i in M
         u = noise.depth_noise(model.config, len(x), args.seed, step, process)
-        # Masks differ in size, so eq. 1's mean is the sum over all masked tokens of the global
-        # batch divided by their count, times `world` because DDP averages over processes.
+        # Masks differ in size: eq. 1's sum over all masked tokens of the global batch is divided
+        # by their count, and multiplied by `world` because DDP averages over processes.
         count = run.all_sum(to_predict.sum()).clamp_min(1) / process.world
         total = 0.0
         for x, pixels, mask, to_predict, u in run.passes(x, pixels, mask, to_predict, u):

@@ -1,9 +1,9 @@
 """The paper's tables 1, 3 and 4 and figure 2 at small scale, and a summary of the whole paper.
 
-    python reproduce.py                       # summary on drawn shapes: minutes on two CPU cores
+    python reproduce.py                       # summary on synthetic shapes: minutes on two cores
     python reproduce.py --recipe fashion      # summary on real images: 25 minutes on two CPU cores
     python reproduce.py --recipe fashion --table 1 3 4 --grid14 --figure 2       # hours
-    python reproduce.py --resume              # continue a stopped run with the same flags
+    python reproduce.py ... --resume          # continue a stopped run: the same flags and --resume
     python reproduce.py --documents           # fill the documents' tables from docs/results
 
 Each stage runs one of the scripts. You find in OUT:
@@ -37,7 +37,7 @@ def parse(argv):
         "--table", type=int, nargs="+", default=[], choices=(1, 3, 4), help="run the paper's tables"
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
-    add("--budgets", action="store_true", help="table 4's rows about masking, each at four budgets")
+    add("--budgets", action="store_true", help="table 4's rows about masking, at four budgets")
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"

@@ -112,6 +112,8 @@ def test_blocks_that_never_fit_are_refused():
         masking.make_mask("blockwise", random.Random(0), 4, 0.93, 15)
     printed = (masking.make_mask("printed", random.Random(s), 4, 0.93, 15) for s in range(50))
     assert all(mask.any() for mask in printed)
+    scattered = masking.make_mask("random", random.Random(0), 4, 0.2, 16)  # no blocks, no limit
+    assert scattered.sum() == 3
 
 
 # -------------------------------------------------------- section 2.1: the dVAE

@@ -1,13 +1,13 @@
 """Stage 1 (section 2.1, eq. 3 left): train the discrete VAE that turns images into visual tokens.
 
-    python train_tokenizer.py --out runs/tokenizer                  # drawn shapes, on a CPU
+    python train_tokenizer.py --out runs/tokenizer                  # synthetic shapes, on a CPU
     python train_tokenizer.py --eval --init runs/tokenizer/checkpoint.pt --out runs/look
     torchrun --nproc_per_node=8 train_tokenizer.py --recipe base --data IMAGENET --workers 8 \\
         --out runs/tokenizer                                        # one node of GPUs
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train_tokenizer.py ...
 
 --batch-size is the global batch: processes x accumulation passes x images per pass.
-OUT: checkpoint.pt, metrics.jsonl, loss.svg, reconstructions.png (originals over hard tokens' ones).
+OUT: checkpoint.pt, metrics.jsonl, loss.svg, reconstructions.png (below the originals).
 """
 
 import functools
@@ -26,8 +26,8 @@ from plumbing.run import Run, evaluate_only
 RECIPES = {
     # name: (demo, fashion, photos, base, large, range, help). base, large: DALL-E's appendix A.
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
-    "image_size": (24, 28, 112, 256, 256, "[1, 65536]", "pixels; the trained one takes others too"),
-    "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "(0, 1]", "least share of the area in a crop; 1: none"),
+    "image_size": (24, 28, 112, 256, 256, "[1, 65536]", "pixels; a trained model takes others too"),
+    "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "(0, 1]", "least share of area in a crop; 1: a square"),
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     # the networks
     "vocab_size": (256, 512, 1024, 8192, 8192, "[1, 1e6]", "|V|, number of visual tokens"),
@@ -51,7 +51,7 @@ RECIPES = {
     "warmup_steps": (50, 50, 50, 5000, 5000, "[0, 1e9]", "steps of linear warm-up"),
     "weight_decay": (1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "[0, 100]", "AdamW weight decay"),
     "ema": (0.0, 0.0, 0.0, 0.999, 0.999, "[0, 1)", "decay of the EMA, which is saved; 0: none"),
-    "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "most images to evaluate on"),
+    "eval_images": (1000, 5000, 4000, 5000, 5000, "[1, 1e9]", "limit on evaluation images"),
     "save_every": (1000, 1000, 1000, 5000, 5000, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "tokenizer"  # of its checkpoints

@@ -1,7 +1,7 @@
 """The paper's tables 1, 3 and 4 and figure 2 at small scale, and a summary of the whole paper.
 
 Each experiment is a function of a stages.Runner that returns a table (see tables.py). Learning
-rates are chosen on the validation split, with a seed of their own, from the values in RECIPES; a
+rates are chosen on the validation split, with a separate seed, from the values in RECIPES; a
 single value was chosen there in the same way. All results are on the test split.
 """
 
@@ -451,7 +451,7 @@ SEVERAL = ("BEiT", "- blockwise masking", "- masking + recover 100 %")  # with `
 
 
 def budgets(runner):
-    """Table 4's rows about masking and targets after 1, 2, 4, ... times as much pre-training.
+    """Table 4's rows about masking and pixels after shares or multiples of the recipe's epochs.
 
     Each budget is a run of its own, with a whole cosine. OUT/budgets.svg shows top-1 by epochs.
     """

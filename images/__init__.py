@@ -7,8 +7,10 @@ shapes       the synthetic images of the demo, drawn here
 downloads    fetch a published file once, check it and keep it in a cache
 folders      folders of image files: their splits, classes and masks
 photos       one image file: header, pixels, and large JPEGs at a reduced scale
+arrays       .npz archives and folders of .npy files, checked from their headers
 sources      the two kinds of data set: arrays in memory and image files; subsets of either
 views        random crop and flip, resized to one or more views (section 2.5)
+patches      images as patches x^p and back
 augment      colour jitter, RandAugment and random erasing
 labelled     views with class labels, for classification (section 2.6)
 masked       images with a class for every pixel, for segmentation (section 2.6)

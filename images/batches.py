@@ -31,7 +31,7 @@ def steps_per_epoch(size, batch_size):
 class StepBatches(Sampler):
     """This process's keys (epoch, index) for each step in range(first, last).
 
-    Each epoch is shuffled by (seed, epoch) and cut into global batches; an incomplete last one is
+    Each epoch is shuffled by seed + epoch and cut into global batches; an incomplete last one is
     dropped. Each process takes a contiguous part of a global batch, `batch` keys. So a step has the
     same samples in the same places for any number of processes, wherever the run was resumed.
     """

@@ -63,7 +63,7 @@ def listed_images(folder):
         known = " ".join(SUFFIXES)
         raise ValueError(f"no images in {folder}: found {found or 'no files'}; known: {known}")
     if others:
-        say(f"{folder}: {others.total()} files are no images that can be read here: {found}")
+        say(f"{folder}: {others.total()} files are not readable images: {found}")
     return paths
 
 

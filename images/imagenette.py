@@ -32,9 +32,7 @@ CLASSES = {  # WordNet id: name; either may name a class's folder
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
-# Room for random crops of 112 pixels. In evaluation 112 is 7/8 of it, the paper's share of the
-# short side, so that the view is cut out of these pixels without resizing them again.
-SIZE = 128
+SIZE = 128  # room for random crops of 112 pixels
 HELD_OUT = 10  # one training photograph in so many is held out as val
 
 

@@ -62,7 +62,8 @@ def mix(x, targets, mixup, cutmix, rng):
 
     lambda ~ Beta(alpha, alpha), one for the step, is the image's own share: of every pixel (mixup),
     or of the area, outside a pasted box (cutmix; recomputed after the box is cut at the border).
-    Neighbours (0 and 1, 2 and 3, ...) stay together when the batch is split among processes.
+    Neighbours are 0 and 1, 2 and 3, ...; if each process has an odd number of images, they are
+    others than for one process.
     """
     if not mixup and not cutmix:
         return x, targets

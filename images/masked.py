@@ -108,14 +108,15 @@ def new_size(height, width, ratio, short_side, long_side):
     """Height and width to resize an image to, as mmseg's Resize with keep_ratio.
 
     The largest size of the same shape that keeps the short side to ratio x short_side and the long
-    side to ratio x long_side (0: no limit). With short_side 0: ratio times the image's own size.
+    side to ratio x long_side (0: no limit). With short_side 0: ratio times the image's own size. At
+    least one pixel.
     """
     if not short_side:
-        return round(height * ratio), round(width * ratio)
+        return max(round(height * ratio), 1), max(round(width * ratio), 1)
     factor = int(short_side * ratio) / min(height, width)
     if long_side:
         factor = min(factor, int(long_side * ratio) / max(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def resize(image, mask, height, width):
@@ -201,4 +202,5 @@ def open_held_out(args, normalise, classes):
     held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
     held_out_set = MaskedImages(args, held_out, len(classes), normalise, False)
     sources.check_names(held_out.mask_classes, classes, held_out)
+    held_out.mask_classes = list(classes)  # it may lack the last ones, but they can be predicted
     return held_out_set

@@ -22,8 +22,8 @@ CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the newest, and the one before i
 # Files that a run which ended before its first step may leave in its output folder.
 LEFT_BY_A_FALSE_START = {"lock", "checkpoint.tmp", "checkpoint.pt"}
 
-# Settings that may differ when a run is resumed. Only two change more than rounding: `accumulate`
-# the batch statistics of standardised logits, `device` the noise.
+# Settings that may differ when a run is resumed. Only `accumulate` changes more than rounding: the
+# batch statistics of standardised logits.
 FREE_TO_CHANGE = {
     "resume",
     "out",

@@ -202,7 +202,7 @@ def read_metrics(out):
         name = f"{path}, line {number}"
         record = from_json(line, name, constant=lambda word: None)
         if not is_record(record):
-            raise ValueError(f"{name}: it is no record of these scripts: remove that line")
+            raise ValueError(f"{name}: not a record written by these scripts: remove that line")
         records.append(record)
     return records
 

@@ -141,9 +141,11 @@ def load_pretrained(path, *kinds, normalise="auto"):
     if any(key.startswith("beit.") for key in state):
         state = from_transformers(state)
     state = {
-        key: value for key, value in state.items() if not key.endswith("relative_position_index")
+        key: value
+        for key, value in state.items()
+        if not key.endswith("relative_position_index")  # a constant
+        and not key.startswith("decoder.")  # a segmenter's own head
     }
-    state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
     try:
         config = backbone.inferred_config(state)
     except ValueError as error:

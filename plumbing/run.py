@@ -214,8 +214,8 @@ def evaluate_only(args, process, held_out, measure, draw=None):
 class FiniteSteps:
     """Skips and counts steps whose gradient is not finite; LIMIT in a row end the run.
 
-    At its end fewer do: a tenth of the run, and at least two. If only the last step is left to do,
-    first = last - 1, it must not be skipped.
+    At the last step fewer are enough: a tenth of the run, and at least two. If only that step is
+    left to do, first = last - 1, it must not be skipped.
     """
 
     LIMIT = entries.SKIPPED  # fp16's loss scale may need a few at the start, and one now and then

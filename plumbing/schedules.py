@@ -32,10 +32,9 @@ def warmup_linear(step, steps, warmup, peak, from_start=False):
 
 
 def set_lr(optimizer, lr):
-    """Give every parameter group its layer's share of the step's learning rate; return `lr`."""
+    """Give every parameter group its layer's share of the step's learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
 
 
 def duration(args, steps_per_epoch):

@@ -344,6 +344,8 @@ def test_scale_is_mmsegs():
     assert masked.new_size(2000, 400, 1, 512, 0) == (2560, 512)
     assert masked.new_size(2000, 400, 0.5, 512, 2048) == (1024, 205)
     assert masked.new_size(21, 33, 1.25, 0, 2048) == (round(21 * 1.25), round(33 * 1.25))
+    assert masked.new_size(24, 24, 0.01, 0, 0) == (1, 1)
+    assert masked.new_size(2, 10_000, 1, 512, 2048) == (1, 2048)
 
 
 def test_long_images_are_limited():

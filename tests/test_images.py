@@ -617,6 +617,17 @@ def test_bad_mask_is_skipped_counted_and_named(mask, tmp_path, capsys):
         held_out.__getitems__([(-1, 0)])
 
 
+def test_held_out_masks_may_lack_the_last_class(tmp_path):
+    """The held-out set has the training set's names, so that its IoU is reported if predicted."""
+    images, masks = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "two.npz", val_images=images, val_masks=masks)
+    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
+    flags = ["--out", "unused", "--image-size", "8", "--data", str(tmp_path / "two.npz")]
+    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    held_out = masked.open_held_out(args, "half", ["0", "1"])
+    assert held_out.source.mask_classes == ["0", "1"]
+
+
 def test_bad_mask_of_an_array_is_skipped_counted_and_named(capsys):
     """A wrong mask that the look at some of the masks misses; one that it sees is refused."""
     masks = np.zeros((200, 8, 8), np.uint8)
