@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pretrain
 from experiments import attention, baselines, features
-from experiments.tables import all_values, run_cell
+from experiments.tables import all_values, run_cell, save_results
 from images import sets
 from plumbing import command_line, log, outputs, pictures
 
@@ -453,47 +453,60 @@ SEVERAL = ("BEiT", "- blockwise masking", "- masking + recover 100 %")  # with `
 def budgets(runner):
     """Table 4's rows about masking and pixels after shares or multiples of the recipe's epochs.
 
-    Each budget is a run of its own, with a whole cosine. OUT/budgets.svg shows top-1 by epochs.
+    Each budget is a run of its own, with a whole cosine. After each, OUT/results.json and
+    OUT/budgets.svg, top-1 by epochs, have all so far.
     """
-    s, tokenizer, calls = runner.settings, tokenizer_stage(runner), {}
+    s, tokenizer = runner.settings, tokenizer_stage(runner)
+    measures, epochs = {"top-1": {}, "k-NN": {}, "mIoU": {}}, []
     for factor in s["budgets"]:
-        largest = factor == s["budgets"][-1]
+        records = runner.stages(budget_calls(runner, tokenizer, factor))
+        cls, seg = downstream(runner, records, s["seg_lr"], prefix=f"x{factor:g}-")
         for row in BUDGET_ROWS:
-            source = None if "visual tokens" in row else tokenizer
-            flags = (*ABLATIONS[row][0], *longer_flags(runner.recipe, factor))
-            for seed in range(s["budget_seeds"] if largest and row in SEVERAL else 1):
-                name = row if factor == 1 else f"{row} x{factor:g}"
-                calls[row, factor, seed] = beit_call(runner, name, source, *flags, seed=seed)
-    records = runner.stages(calls)
-    measures = {"top-1": {}, "k-NN": {}, "mIoU": {}}
-    for factor in s["budgets"]:
-        chosen = {(row, seed): r for (row, f, seed), r in records.items() if f == factor}
-        cls, seg = downstream(runner, chosen, s["seg_lr"], prefix=f"x{factor:g}-")
-        neighbours = collections.defaultdict(list)
-        for (row, _), record in chosen.items():
-            neighbours[row].append([knn(runner, record)])
-        for row in BUDGET_ROWS:
-            cells = cls[row], {"values": neighbours[row]}, seg.get(row)
-            for measure, cell in zip(measures, cells):
-                measures[measure].setdefault(row, []).append(run_cell(cell))
-    epochs = [float(longer_flags(runner.recipe, factor)[1]) for factor in s["budgets"]]
-    if not runner.planning:
-        lines = {
-            row: [(x, statistics.mean(all_values(cell))) for x, cell in zip(epochs, cells)]
-            for row, cells in measures["top-1"].items()
-        }
-        title = f"Top-1 by epochs of pre-training, {s['labels'][0]} labels per class"
-        picture = pictures.svg_curve(lines, title, "epochs", "top-1, %", width=860)
-        with outputs.again(runner.out / "budgets.svg") as new:
-            new.write_text(picture)
-    rows = [
-        [f"{row}, {measure}", *cells]
-        for measure, found in measures.items()
-        for row, cells in found.items()
-        if None not in cells
-    ]
-    columns = ["", *(f"{value:g} epochs" for value in epochs)]
-    return {"title": "Table 4's rows by budget", "columns": columns, "rows": rows}
+            neighbours = [[knn(runner, r)] for (of, _), r in records.items() if of == row]
+            cells = cls[row], {"values": neighbours}, seg.get(row)
+            for found, cell in zip(measures.values(), cells):
+                found.setdefault(row, []).append(run_cell(cell))
+        epochs.append(longer_flags(runner.recipe, factor)[1])
+        rows = [
+            [f"{row}, {measure}", *cells]
+            for measure, found in measures.items()
+            for row, cells in found.items()
+            if None not in cells
+        ]
+        columns = ["", *(f"{value:g} epochs" for value in epochs)]
+        table = {"title": "Table 4's rows by budget", "columns": columns, "rows": rows}
+        if not runner.planning:
+            draw_budgets(runner, epochs, measures["top-1"])
+            save_results(runner, {"budgets": table})
+    return table
+
+
+def budget_calls(runner, tokenizer, factor):
+    """Pre-training at a budget: {(row, seed): call}. Several seeds only at the largest."""
+    s, calls = runner.settings, {}
+    flags = longer_flags(runner.recipe, factor)
+    for row in BUDGET_ROWS:
+        several = row in SEVERAL and factor == s["budgets"][-1]
+        source = None if "visual tokens" in row else tokenizer
+        name = row if factor == 1 else f"{row} x{factor:g}"
+        for seed in range(s["budget_seeds"] if several else 1):
+            calls[row, seed] = beit_call(
+                runner, name, source, *ABLATIONS[row][0], *flags, seed=seed
+            )
+    return calls
+
+
+def draw_budgets(runner, epochs, top1):
+    """OUT/budgets.svg: a curve for each row of `top1`, {row: cells}, over the epochs."""
+    lines = {
+        row: [(x, statistics.mean(all_values(cell))) for x, cell in zip(epochs, cells)]
+        for row, cells in top1.items()
+    }
+    labels = runner.settings["labels"][0]
+    title = f"Top-1 by epochs of pre-training, {labels} labels per class"
+    picture = pictures.svg_curve(lines, title, "epochs", "top-1, %", width=860)
+    with outputs.again(runner.out / "budgets.svg") as new:
+        new.write_text(picture)
 
 
 def tokenizers(runner):

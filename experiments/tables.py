@@ -68,14 +68,14 @@ MARKER = re.compile(r"(<!-- results of ([\w, ]+): ([\w ]+) -->\n)(.*?)(<!-- end 
 
 
 def verdicts(tables):
-    """A table with a verdict on each of CLAIMS whose experiment is in `tables` {name: table}.
+    """A table with a verdict on each of CLAIMS whose column is in `tables` {experiment: table}.
 
     "holds": the difference of the means exceeds twice the pooled standard deviation; "does not
     hold": it is below minus that; "undecided": it is between, or a row has only one run.
     """
     rows = []
     for claim, experiment, column, winner, loser in CLAIMS:
-        if experiment not in tables:
+        if experiment not in tables or column >= len(tables[experiment]["columns"]):
             continue
         cells = {row[0]: row[column] for row in tables[experiment]["rows"]}
         if not {winner, loser} <= cells.keys():  # no masks, or an earlier version's table

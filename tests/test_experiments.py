@@ -328,7 +328,9 @@ def test_report_and_models_exist_for_every_recipe():
 
 def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     """Every row and measure at every budget, several seeds at the largest; no masks, no mIoU."""
+    saved = []
     monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
+    monkeypatch.setattr(paper, "save_results", lambda runner, made: saved.append(made["budgets"]))
     runner, total = planned(tmp_path, "photos", 2, [paper.budgets])
     table = paper.budgets(runner)
     assert runner.progress.counts() == (total, total)
@@ -338,6 +340,8 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     assert seeds == [1, 1, 1, runner.settings["budget_seeds"]]
     claims = tables.save_results(runner, {"budgets": table})["tables"]["claims"]["rows"]
     assert len(claims) == 4 * 2 * 4 and claims[0][0].endswith(table["columns"][1])
+    assert [len(found["rows"][0]) for found in saved] == [2, 3, 4, 5]  # after each budget
+    assert len(tables.verdicts({"budgets": saved[0]})["rows"]) == 4 * 2
     assert "<polyline" in (tmp_path / "budgets.svg").read_text()
 
 
