@@ -23,7 +23,7 @@ def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
         if images.shape[1] > LARGEST:  # photographs
             images = images.permute(0, 3, 1, 2)
             images = F.interpolate(images, (LARGEST, LARGEST), mode="bicubic", antialias=True)
-        return images.flatten(1), torch.from_numpy(source.labels)  # grey images: one channel
+        return images.flatten(1), torch.tensor(source.labels)  # grey images: one channel
 
     def fit(x, y, penalty):
         """Weights (pixels + 1, classes) for pixels x (n, pixels), labels y (n,); row 0: biases."""
@@ -43,8 +43,9 @@ def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
     def accuracy(weight, x, y):
         return 100 * ((x @ weight[1:] + weight[0]).argmax(1) == y).float().mean().item()
 
-    fits = [fit(*pixels(train), penalty) for penalty in penalties]
-    best = max(fits, key=lambda weight: accuracy(weight, *pixels(val)))
+    known, held_out = pixels(train), pixels(val)
+    fits = [fit(*known, penalty) for penalty in penalties]
+    best = max(fits, key=lambda weight: accuracy(weight, *held_out))
     return accuracy(best, *pixels(test))
 
 

@@ -204,6 +204,11 @@ class Progress:
         same = [s.recorded for s in self.stages if s.script == stage.script and s.recorded]
         return statistics.mean(same) if same else SECONDS[stage.script]
 
+    def expected(self, name):
+        """Seconds that the stage of this name is expected to take; 0 if it is not in the plan."""
+        stage = self.find(name)
+        return self.known(stage) if stage else 0.0
+
     def ratio(self, alone, now):
         """Measured over recorded seconds, of stages that run alone or of those side by side.
 
@@ -222,10 +227,8 @@ class Progress:
         ratios = {alone: self.ratio(alone, now) for alone in (True, False)}
         total = 0.0
         for group in self.groups:
-            first_running = sorted(group, key=lambda stage: stage.started is None)
-            expected = [
-                (s, self.known(s) * ratios[s.alone] * (1 - s.resumed_at)) for s in first_running
-            ]
+            order = sorted(group, key=lambda s: (s.started is None, -self.known(s)))
+            expected = [(s, self.known(s) * ratios[s.alone] * (1 - s.resumed_at)) for s in order]
             total += makespan([stage.left(seconds, now) for stage, seconds in expected], self.jobs)
         return total
 
@@ -423,21 +426,23 @@ class Runner:
     def stages(self, calls):
         """Run independent stages side by side: {key: (name, script, *flags)} -> {key: record}.
 
-        Each has one thread if there are several jobs. Raises what the first failing stage raises.
+        The longest start first, so that none runs alone at the end. Each has one thread if there
+        are several jobs. Raises what the first failing stage raises.
         """
         threads = 1 if self.jobs > 1 else 0
         if self.planning:
             self.progress.groups.append([])
             return {key: self.stage(*call, threads=threads) for key, call in calls.items()}
         pool = ThreadPoolExecutor(self.jobs)
+        longest_first = sorted(calls, key=lambda key: -self.progress.expected(calls[key][0]))
         try:
             futures = {
-                key: pool.submit(self.stage, *call, threads=threads) for key, call in calls.items()
+                key: pool.submit(self.stage, *calls[key], threads=threads) for key in longest_first
             }
             done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()  # raises what the stage raised
-            return {key: future.result() for key, future in futures.items()}
+            return {key: futures[key].result() for key in calls}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

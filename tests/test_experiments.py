@@ -373,6 +373,19 @@ def test_estimate_follows_the_stages_that_have_ended(tmp_path):
 # -------------------------------------------------------- claims and the report
 
 
+def test_longest_stages_start_first(tmp_path, monkeypatch):
+    """By the recorded seconds; the results keep the order of the calls."""
+    started = []
+    monkeypatch.setattr(stages.Runner, "stage", lambda self, name, **_: started.append(name))
+    runner = stages.Runner(tmp_path, "demo", paper.settings("demo", 1), jobs=1)
+    runner.progress.recorded = {"short": 1.0, "long": 9.0, "middle": 5.0}
+    for name in runner.progress.recorded:
+        runner.progress.add(f"{name}-12345678", "finetune_cls.py", tmp_path / name, alone=False)
+    calls = {key: (name,) for key, name in enumerate(("short", "long", "middle"))}
+    assert list(runner.stages(calls)) == [0, 1, 2]
+    assert started == ["long", "middle", "short"]
+
+
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
     """Differences of means against twice the pooled deviation: 5 > 2 * 1.41, 1.8 < 2 * 1.04."""
     claims = [("far {}", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
