@@ -253,7 +253,7 @@ class DVAE(nn.Module):
     def negative_log_likelihood(self, x, mu, ln_b):
         """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,).
 
-        A density of pixel values, where an image's lie between 0 and 1.
+        A density of pixel values on the scale of images in [0, 1].
         """
         if self.config.likelihood == "mse":  # a Gaussian around the predicted pixels
             squared = (x - self.mean(mu)).pow(2)
@@ -332,7 +332,7 @@ class VQVAE(DVAE):
     def forward(self, x, tau, beta, e):
         """VQ-VAE's loss, as DVAE.forward; tau, beta and e, which it does not need, are ignored.
 
-        Terms: `codebook`, that of codebook and commitment together, in place of `kl`.
+        Terms: `codebook`, the codebook and commitment losses together, in place of `kl`.
         """
         z_e = self.encode(x)
         codes, z_q, z = self.straight_through(z_e)

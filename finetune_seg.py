@@ -1,7 +1,7 @@
 """Semantic segmentation (section 2.6): BEiT encodes, several deconvolution layers decode.
 
     python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg
-    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2   # after classification
+    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2      # after classification
     python finetune_seg.py --eval --init runs/seg/checkpoint.pt               # evaluate only
     torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --workers 8 \\
         --init runs/beit/checkpoint.pt --out runs/seg                         # one node of GPUs

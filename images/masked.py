@@ -108,8 +108,8 @@ def new_size(height, width, ratio, short_side, long_side):
     """Height and width to resize an image to, as mmseg's Resize with keep_ratio.
 
     The largest size of the same shape that keeps the short side to ratio x short_side and the long
-    side to ratio x long_side (0: no limit). With short_side 0: ratio times the image's own size. At
-    least one pixel.
+    side to ratio x long_side (0: no limit). With short_side 0: ratio times the image's own size.
+    Neither is below one pixel.
     """
     if not short_side:
         return max(round(height * ratio), 1), max(round(width * ratio), 1)
