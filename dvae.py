@@ -251,10 +251,7 @@ class DVAE(nn.Module):
         return (torch.sigmoid(mu) - EPSILON) / (1 - 2 * EPSILON)
 
     def negative_log_likelihood(self, x, mu, ln_b):
-        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,).
-
-        A density of pixel values on the scale of images in [0, 1].
-        """
+        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,). p_psi is a density."""
         if self.config.likelihood == "mse":  # a Gaussian around the predicted pixels
             squared = (x - self.mean(mu)).pow(2)
             variance = self.pixel_variance

@@ -67,7 +67,8 @@ def upsample(n_in, n_out):
 class BeitForSegmentation(Beit):
     """Patch outputs h_i^L as a grid, log2(P) deconvolutions to full size, a linear classifier.
 
-    Progressive upsampling as in SETR-PUP. Raises ValueError if P is not a power of 2.
+    Progressive upsampling as in SETR-PUP. Raises ValueError if P is not a power of 2, or
+    decoder_dim not a multiple of 8.
     """
 
     def __init__(self, config, classes, decoder_dim):
@@ -75,6 +76,8 @@ class BeitForSegmentation(Beit):
         stages = int(math.log2(config.patch_size))
         if 2**stages != config.patch_size:
             raise ValueError(f"patch size {config.patch_size} is not a power of 2")
+        if decoder_dim % 8:  # GroupNorm's groups
+            raise ValueError(f"decoder dim {decoder_dim} is not a multiple of 8")
         self.classes, self.decoder_dim = classes, decoder_dim
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         widths = [config.dim] + [decoder_dim] * stages

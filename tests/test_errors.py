@@ -63,6 +63,7 @@ SETTINGS = {
     "batch not divisible": ("cls", "--accumulate 3", "batch size 8 does not divide"),
     "grids differ": ("beit", "--token-size 8", "2 tokens along 8 pixels but there are 4 patches"),
     "patches do not divide": ("cls", "--image-size 18", "18 is not a multiple of the patch size 4"),
+    "decoder does not divide": ("seg", "--decoder-dim 12", "decoder dim 12 is not a multiple of 8"),
     "tokens do not divide": ("tokenizer", "--image-size 18", "not a multiple of 4"),
     "not a number": ("beit", "--epochs nan", "--epochs: 'nan' is not a number in (0, 1e6]"),
     "endless": ("beit", "--epochs inf", "--epochs: 'inf' is not a number in (0, 1e6]"),
