@@ -22,7 +22,6 @@ rate of loading data is measured too.
 """
 
 import contextlib
-import os
 import random
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from torch import nn
 from beit import Beit, model_config, parameter_groups
 from dvae import DVAE, DVAEConfig
 from experiments import HERE, benchmark_attention, costs
-from experiments.machine import MALLOC, default_precision, machine
+from experiments.machine import default_precision, machine
 from experiments.oracles import import_oracle, timm_beit, transformers_config
 from images import sources, views
 from masking import make_mask, target
@@ -454,8 +453,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if MALLOC.keys() - os.environ.keys():  # the C library reads them at start: start again
-        os.chdir(HERE)  # where -m finds this module
-        os.execve(sys.executable, [*COMMAND, *sys.argv[1:]], {**MALLOC, **os.environ})
     with command_line.one_line_errors():
         main()

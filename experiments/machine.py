@@ -1,4 +1,4 @@
-"""The machine that results are measured on, and the memory settings that make its CPU faster."""
+"""The machine that results are measured on."""
 
 import os
 import platform
@@ -8,15 +8,6 @@ from pathlib import Path
 import torch
 
 from plumbing import processes
-
-# By default glibc returns freed memory to the system and requests it again at every step, which
-# costs a small model up to a third of its time on CPUs. Other C libraries ignore these variables.
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(12 << 30),
-    "MALLOC_TOP_PAD_": str(512 << 20),
-}
-
 
 def machine(device=None):
     """The processor's name and its number of cores, and the GPU if `device` is one, as text."""

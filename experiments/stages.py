@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import HERE, tables
-from experiments.machine import MALLOC
 from images import sets, sources
 from plumbing import checkpoints, command_line, log, signals
 
@@ -394,9 +393,7 @@ class Runner:
         command = [sys.executable, str(HERE / script), *flags, "--out", str(folder)]
         command += ["--data-dir", self.data_dir] if self.data_dir else []
         command += ["--resume"] if resumed else []
-        environment = MALLOC | os.environ
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         with ThreadPoolExecutor(1) as starter:  # a thread, because Ctrl-C interrupts this one
             process = starter.submit(self.start, command, output, environment).result()
         if status := process.wait():

@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import platform
+import resource
 import signal
 import socket
 import sys
@@ -202,6 +204,30 @@ def test_reproduce_waits_for_its_stage_to_save(seconds, presses, tmp_path, monke
     assert status == signals.STOPPED and len(said) == 1
     assert said[0].endswith("stopped; continue with --resume")
     assert len(list(tmp_path.glob("out/*/saved"))) == (presses == 1)
+
+
+# -------------------------------------------------------- freed memory
+
+
+def new_pages(path):
+    """After --device cpu is set up: write to `path` how many pages 20 tensors of 64 MB asked for."""
+    processes.setup("cpu", "off")
+    for _ in range(5):
+        torch.ones(16 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)
+    path.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept_unless_glibc_is_told_otherwise(tmp_path):
+    for name, environment in (("ours", {}), ("users", {"MALLOC_ARENA_TEST_": "8"})):
+        path = tmp_path / f"{name}.pages"
+        status, said = Program(tmp_path / name, new_pages, path, **environment).end()
+        assert (status, said) == (0, [])
+    ours, users = (int((tmp_path / f"{name}.pages").read_text()) for name in ("ours", "users"))
+    assert 10 * ours < users
 
 
 # -------------------------------------------------------- torchrun's processes
