@@ -484,7 +484,7 @@ def budgets(runner):
 def budget_calls(runner, tokenizer, factor):
     """Pre-training at a budget: {(row, seed): call}. Several seeds only at the largest."""
     s, calls = runner.settings, {}
-    flags = longer_flags(runner.recipe, factor)
+    flags = longer_flags(runner.recipe, factor) if factor != 1 else ()  # 1: the summary's runs
     for row in BUDGET_ROWS:
         several = row in SEVERAL and factor == s["budgets"][-1]
         source = None if "visual tokens" in row else tokenizer

@@ -90,6 +90,7 @@ class Stage:
     script: str
     log: Path
     alone: bool  # no other stage runs beside it
+    length: float = 1.0  # its epochs, as a share of the recipe's
     recorded: float | None = None  # seconds in docs/results
     started: float | None = None
     seconds: float | None = None  # once it has ended
@@ -142,6 +143,7 @@ class Progress:
         """recorded: {stage's name without digest: seconds}. jobs: stages side by side."""
         self.recorded, self.jobs = recorded, jobs
         self.groups = []  # one after another; the stages of a group run side by side
+        self.rates = collections.defaultdict(list)  # {script: seconds / length of finished stages}
         self.start, self.lock = time.monotonic(), threading.RLock()
         self.terminal, self.ended = sys.stdout.isatty(), threading.Event()
 
@@ -159,11 +161,12 @@ class Progress:
         like = (stage for stage in waiting if base_name(stage.name) == base_name(name))
         return next((s for s in self.stages if s.name == name), next(like, None))
 
-    def add(self, name, script, log_path, alone):
+    def add(self, name, script, log_path, alone, length=1.0):
         """Add a stage to the plan, alone in a group of its own; others join the last group."""
         if alone or not self.groups:
             self.groups.append([])
-        stage = Stage(name, script, log_path, alone, self.recorded.get(base_name(name)))
+        recorded = self.recorded.get(base_name(name))
+        stage = Stage(name, script, log_path, alone, length, recorded)
         self.groups[-1].append(stage)
         return stage
 
@@ -197,11 +200,12 @@ class Progress:
         return sum(stage.seconds is not None for stage in self.stages), len(self.stages)
 
     def known(self, stage):
-        """Recorded seconds of a stage, or the mean of its script's, or a constant."""
+        """Recorded seconds of a stage, or by its length and others of its script."""
         if stage.recorded is not None:
             return stage.recorded
-        same = [s.recorded for s in self.stages if s.script == stage.script and s.recorded]
-        return statistics.mean(same) if same else SECONDS[stage.script]
+        same = [s for s in self.stages if s.script == stage.script and s.recorded]
+        rates = self.rates[stage.script] + [s.recorded / s.length for s in same]
+        return stage.length * (statistics.mean(rates) if rates else SECONDS[stage.script])
 
     def expected(self, name):
         """Seconds that the stage of this name is expected to take; 0 if it is not in the plan."""
@@ -355,22 +359,36 @@ class Runner:
         finished = (path.stem for path in self.out.glob(f"*-{digest}.json"))
         name = next(finished, f"{name}-{digest}")
         done, checkpoint = self.out / f"{name}.json", str(self.out / name / "checkpoint.pt")
+        length = self.length(script, flags)
         if done.exists():
             self.progress.drop(name)
         elif self.planning:
             if all(stage.name != name for stage in self.progress.stages):
-                self.progress.add(name, script, self.out / f"{name}.log", alone=not threads)
+                log_path = self.out / f"{name}.log"
+                self.progress.add(name, script, log_path, not threads, length)
             return collections.defaultdict(float, checkpoint=checkpoint)
         else:
             self.run(name, script, flags, threads)
-        return Result(tables.read_stage(done)["result"], checkpoint=checkpoint)
+        finished = tables.read_stage(done)
+        if not finished["resumed"]:
+            self.progress.rates[script].append(finished["seconds"] / length)
+        return Result(finished["result"], checkpoint=checkpoint)
+
+    def column(self, script):
+        """A script's settings in the recipe: {name: value}."""
+        recipes = importlib.import_module(script.removesuffix(".py")).RECIPES
+        index = command_line.COLUMNS.index(self.recipe)
+        return {name: row[index] for name, row in recipes.items()}
+
+    def length(self, script, flags):
+        """A stage's epochs as a share of the recipe's; of several --epochs the last counts."""
+        given = [value for flag, value in zip(flags, flags[1:]) if flag == "--epochs"]
+        return float(given[-1]) / self.column(script)["epochs"] if given else 1.0
 
     def digest(self, script, flags):
         """Eight letters for all settings: the recipe, and flags with the stages they name."""
-        recipes = importlib.import_module(script.removesuffix(".py")).RECIPES
-        index = command_line.COLUMNS.index(self.recipe)
-        column = {name: row[index] for name, row in recipes.items()}
-        text = json.dumps([script, [flag.removeprefix(str(self.out)) for flag in flags], column])
+        names = [flag.removeprefix(str(self.out)) for flag in flags]
+        text = json.dumps([script, names, self.column(script)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def run(self, name, script, flags, threads):

@@ -331,9 +331,12 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
     monkeypatch.setattr(paper, "save_results", lambda runner, made: saved.append(made["budgets"]))
+    paper.summary(stages.Runner(tmp_path, "photos", paper.settings("photos", 2)))
     runner, total = planned(tmp_path, "photos", 2, [paper.budgets])
     table = paper.budgets(runner)
     assert runner.progress.counts() == (total, total)
+    assert len(list(tmp_path.glob("beit-0-*.json"))) == 1  # the largest has the summary's run
+    assert not list(tmp_path.glob("x1-cls100-beit-0-*")) and list(tmp_path.glob("x1-cls100-*-1-1*"))
     rows = {row[0]: row[1:] for row in table["rows"]}
     assert list(rows) == [f"{row}, {m}" for m in ("top-1", "k-NN") for row in paper.BUDGET_ROWS]
     seeds = [len(cell["values"]) for cell in rows["BEiT, top-1"]]
@@ -368,6 +371,19 @@ def test_estimate_follows_the_stages_that_have_ended(tmp_path):
     assert progress.seconds_left() == pytest.approx(150)
     first.started, first.seconds = time.monotonic() - 200, 200.0
     assert progress.seconds_left() == pytest.approx(100)
+
+
+def test_estimate_of_a_stage_without_a_record_follows_its_epochs(no_processes, tmp_path):
+    """Fashion's 4.4 epochs take 40 seconds: without a record, twice as many take 80."""
+    short = "a", "pretrain.py", "--epochs", 2.2
+    long = "b", "pretrain.py", "--epochs", 1.0, "--epochs", 8.8  # the last counts
+    settings = paper.settings("fashion", 1)
+    stages.Runner(tmp_path, "fashion", settings).stage(*short)
+    path = next(tmp_path.glob("a-*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 20.0}))
+    runner = stages.Runner(tmp_path, "fashion", settings)
+    runner.plan([lambda runner: [runner.stage(*call) for call in (short, long)]])
+    assert runner.progress.seconds_left() == pytest.approx(80)
 
 
 # -------------------------------------------------------- claims and the report
