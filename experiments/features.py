@@ -121,7 +121,7 @@ def accuracies(train, held_out, device):
     train, held_out: (features float32 (n, L, D), labels int64 (n,)) as arrays.
     """
     (known, labels), (unknown, truth) = train, held_out
-    labels, truth = (torch.from_numpy(values).to(device) for values in (labels, truth))
+    labels, truth = (torch.tensor(values, device=device) for values in (labels, truth))
     percent = []
     for layer in range(known.shape[1]):
         a, b = (torch.from_numpy(f[:, layer]).to(device) for f in (known, unknown))

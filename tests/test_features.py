@@ -147,6 +147,17 @@ def test_nearest_classes_against_brute_force(k, monkeypatch):
     assert found.tolist() == [brute_force(known, labels, row, k) for row in unknown]
 
 
+@pytest.mark.filterwarnings("error")
+def test_labels_of_a_file_are_read_only():
+    """Labels mapped from a .npy file give no warning of torch's; four images, so all four vote."""
+    labels = np.arange(4)
+    labels.flags.writeable = False
+    layers = np.stack([np.eye(4), np.eye(4)[::-1]], axis=1).astype(np.float32)  # (4, 2, 4)
+    straight = np.stack([np.eye(4), np.eye(4)], axis=1).astype(np.float32)
+    percent = features.accuracies((straight, labels), (layers, labels), torch.device("cpu"))
+    assert percent == [100.0, 0.0]
+
+
 def test_a_tie_goes_to_the_nearer_class():
     """Two votes each for classes 0 and 2, by hand; class 1 is nearest, but has one vote."""
     similarity = torch.tensor([[0.99, 0.9, 0.8, 0.7, 0.5], [0.9, 0.8, 0.7, 0.6, -0.9]])
