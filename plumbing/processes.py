@@ -1,4 +1,4 @@
-"""torchrun's processes, mixed precision and DistributedDataParallel, in plain PyTorch."""
+"""torchrun's processes, mixed precision, DistributedDataParallel, and memory kept for reuse."""
 
 import contextlib
 import ctypes
