@@ -9,6 +9,7 @@ import torch
 
 from plumbing import processes
 
+
 def machine(device=None):
     """The processor's name and its number of cores, and the GPU if `device` is one, as text."""
     info = Path("/proc/cpuinfo")

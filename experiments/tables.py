@@ -15,7 +15,7 @@ import torch
 
 from experiments import HERE
 from experiments.machine import machine
-from plumbing import entries, log
+from plumbing import entries, log, processes
 
 CLAIMS = [
     # (claim, experiment, column, the row that should win, the row that should lose); {}: the
@@ -64,6 +64,7 @@ CLAIMS = [
         )
     ),
 ]
+KEPT = "seconds", "threads", "resumed", "machine"  # of each stage, in results.json
 MARKER = re.compile(r"(<!-- results of ([\w, ]+): ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -215,14 +216,17 @@ def is_cell(cell):
 
 
 def is_timed(stage):
-    """Does it say how long a stage took, on how many threads, and whether it was resumed?"""
+    """Does it say how long a stage took, on how many threads, whether it was resumed, and where?
+
+    Earlier versions did not note the machine.
+    """
     kinds = {"seconds": (int, float), "threads": int, "resumed": bool}
-    right = isinstance(stage, dict)
+    right = isinstance(stage, dict) and isinstance(stage.get("machine", ""), str)
     return right and all(isinstance(stage.get(name), kind) for name, kind in kinds.items())
 
 
 def read_stage(path):
-    """OUT/STAGE.json, {"command", "seconds", "threads", "resumed", "result"}.
+    """OUT/STAGE.json, {"command", "seconds", "threads", "resumed", "result", "machine"}.
 
     Raises ValueError naming the file if it is not what stages.Runner writes.
     """
@@ -248,13 +252,14 @@ def finished_stages(out):
 def save_results(runner, tables):
     """Add `tables` {experiment: table} to OUT/results.json and return all that it then holds.
 
-    It also has the time of each finished stage, the verdicts on the claims and the machine.
+    It also has the time and machine of each finished stage, the verdicts on the claims and the
+    machine of the last call.
     """
     saved, finished = read_results(runner.out), finished_stages(runner.out)
-    saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__)}
+    saved |= {"recipe": runner.recipe, "machine": machine(processes.find_device("auto"))}
+    saved |= {"torch": str(torch.__version__)}
     for name in sorted(finished):
-        times = {key: finished[name][key] for key in ("seconds", "threads", "resumed")}
-        saved["stages"][name] = times
+        saved["stages"][name] = {key: finished[name][key] for key in KEPT if key in finished[name]}
     saved["tables"] |= tables
     claims = verdicts(saved["tables"])
     if claims["rows"]:

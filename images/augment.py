@@ -10,7 +10,8 @@ from images import batches
 
 def grey(images):
     """Luma of RGB images: (..., 3, H, W) -> (..., 1, H, W)."""
-    return (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
+    red, green, blue = images.split(1, -3)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def colour_jitter(images, factors):
@@ -21,8 +22,8 @@ def colour_jitter(images, factors):
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
     images = (images * brightness).clamp(0, 1)
     mean = grey(images).mean((2, 3), keepdim=True)
-    images = (mean + (images - mean) * contrast).clamp(0, 1)
-    return (grey(images) + (images - grey(images)) * saturation).clamp(0, 1)
+    images = mean.lerp(images, contrast).clamp(0, 1)
+    return grey(images).lerp(images, saturation).clamp(0, 1)
 
 
 # -------------------------------------------------------- photometric distortion

@@ -14,6 +14,7 @@ NORMALISE = {  # mean and std of R, G, B
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+AHEAD = 4  # loader processes that crop arrays for a GPU: `photos` on an H100 waits without them
 
 
 def steps_per_epoch(size, batch_size):
@@ -94,10 +95,12 @@ def loader(dataset, keys, workers, pin_memory=False):
     """A DataLoader for a dataset whose __getitems__ makes a whole batch from a list of keys.
 
     workers: number of loader processes; None: this process's share of the cores if `dataset.source`
-    decodes image files, otherwise none. The batches do not depend on it.
+    decodes image files; for arrays none, or up to AHEAD of a GPU, which pin_memory stands for. The
+    batches do not depend on it.
     """
     if workers is None:
-        workers = share_of_cores() if isinstance(dataset.source, sources.Files) else 0
+        files = isinstance(dataset.source, sources.Files)
+        workers = share_of_cores() if files else min(share_of_cores(), AHEAD) if pin_memory else 0
     return Loader(
         dataset,
         batch_sampler=keys,

@@ -201,7 +201,8 @@ class Crops(Samples):
         if any(flips):
             images = torch.where(torch.tensor(flips)[:, None, None, None], images.flip(3), images)
         if self.jitter:
-            jittered = augment.colour_jitter(images / 255, torch.tensor(factors))
+            planes = images.contiguous() / 255  # in colour planes it is faster
+            jittered = augment.colour_jitter(planes, torch.tensor(factors))
             images = (jittered * 255).round().byte()
         if scale > 1:  # files come one at a time
             top, left, *sides = (pixels / scale for pixels in boxes[0])

@@ -43,8 +43,7 @@ def setup(device, amp, compile_model=False):
     model is to be compiled for a CPU without a C++ compiler.
     """
     device = find_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()  # with a GPU too: the loader's processes need it
     if compile_model and device.type == "cpu" and not shutil.which(compiler()):
         raise ValueError(f"--compile needs a C++ compiler, and {compiler()} is not there: install "
                          "it, set CXX to another, or leave out --compile")  # fmt: skip

@@ -7,6 +7,7 @@ Without a GPU, a CPU runs the same tests as far as it can; the rest is skipped.
 """
 
 import copy
+import functools
 import gc
 import math
 import re
@@ -133,11 +134,14 @@ def test_ways_to_compute_attention_agree(device, capsys):
     printed = capsys.readouterr().out
     rows = re.findall(r"^  (\w.*?)   .* ms.*?((?:  +[\d.]+e[+-]\d+)+)$", printed, re.MULTILINE)
     found = {name: [float(cell) for cell in cells.split()] for name, cells in rows}
-    assert len(found) == 4, printed
+    refusal = re.compile(r"^  (\w.*?): (left out|forward only), torch says: .", re.MULTILINE)
+    refused = refusal.findall(printed)
+    assert all(name == "FlexAttention, compiled" for name, _ in refused), printed
+    assert len(found) == 4 - sum(how == "left out" for _, how in refused), printed
     assert max(max(errors) for errors in found.values()) < 0.05, printed
-    plain, sdpa, _, flex = found.values()
+    plain, sdpa, _, *flex = found.values()
     assert len(plain) == 3 and plain != sdpa  # another way indeed
-    assert len(flex) == 3 or "FlexAttention, compiled: forward only, torch says: " in printed
+    assert all(len(errors) == 3 for errors in flex) or refused
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -174,13 +178,18 @@ def test_compiled_model_is_the_eager_one(device):
 def test_recompute_keeps_the_gradients_and_less_memory(device):
     """--recompute, in bf16: test_beit.py shows the same on a CPU."""
     model, inputs, z = mim_step(device, "shared")
-    autocast, found, peaks = torch.autocast(device, dtype=torch.bfloat16), [], []
+    autocast, found, kept = torch.autocast(device, dtype=torch.bfloat16), [], []
+
+    def watched(*inputs):
+        before = torch.cuda.memory_allocated()
+        logits = model(*inputs)
+        kept.append(torch.cuda.memory_allocated() - before)  # for the backward pass
+        return logits
+
     for model.recompute in (False, True):
-        torch.cuda.reset_peak_memory_stats()
-        found.append(numbers(model, inputs, z, autocast))
-        peaks.append(torch.cuda.max_memory_allocated())
+        found.append(numbers(model, inputs, z, autocast, watched))
     assert max(errors(*found).values()) < 1e-2
-    assert peaks[1] < peaks[0]
+    assert kept[1] < kept[0] / 2
 
 
 def hash_32(x):
@@ -226,6 +235,8 @@ def test_fp16_skips_a_step_that_overflows(device, stage, arrays, made, tmp_path,
         report(self, loss, **values)
 
     monkeypatch.setattr(run.Run, "report", watch)
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**10)  # no overflow yet
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     train(stage, [*flags_on(device, stage, arrays, made), "--amp", "fp16"], tmp_path / "run")
     (_, first), (scale, second), (_, third), _ = seen
     assert scale == 2.0**39
