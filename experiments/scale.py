@@ -16,15 +16,15 @@ from plumbing import command_line, schedules
 
 IMAGES = 1_281_167  # of ImageNet-1K
 GPUS, LARGER, NODE = (1, 8, 16, 64), (64, 512), 8  # NODE: GPUs that share a machine
-H100, A100, SHARE = 989e12, 312e12, 0.4  # FLOP/s in bf16 without sparsity; share of it
+H100, A100, SHARE = 989e12, 312e12, 0.19  # FLOP/s in bf16 without sparsity; share of it
 CARD, ROOM = 80e9, 72e9  # bytes of a GPU; those that tensors may take
 NVLINK, ETHERNET = 450e9, 12.5e9  # bytes/s in each direction: of a GPU, of a node
-LOADED = {"tokenizer": 410, "pretraining": 110, "classification": 240, "segmentation": 19}
+LOADED = {"tokenizer": 540, "pretraining": 205, "classification": 330, "segmentation": 22}
 JPEG = 110e3  # bytes
 ASSUMED = [
     ["H100 SXM, bf16 matrix products", f"{H100 / 1e12:.0f} TFLOP/s", "published"],
     ["A100 SXM, bf16 matrix products", f"{A100 / 1e12:.0f} TFLOP/s", "published"],
-    ["share of that rate in a training step", f"{100 * SHARE:.0f} %", "assumed"],
+    ["share of that rate in a step", f"{100 * SHARE:.0f} %", "measured: pretraining, base"],
     ["memory of a GPU", f"{CARD / 1e9:.0f} GB", "published"],
     ["what tensors may take of it", f"{ROOM / 1e9:.0f} GB", "assumed"],
     ["NVLink of an H100, in each direction", f"{NVLINK / 1e9:.0f} GB/s", "published"],
