@@ -39,6 +39,7 @@ def parse(argv):
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
     add("--budgets", action="store_true", help="table 4's rows about masking, at four budgets")
+    add("--masks", action="store_true", help="compare other mask ratios and smaller blocks")
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"
@@ -53,8 +54,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.budgets and args.recipe == "demo":
         parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")
-    if args.tokenizers and args.recipe != "photos":
-        parser.error("--tokenizers compares those of photographs: use --recipe photos")
+    if (args.tokenizers or args.masks) and args.recipe != "photos":
+        parser.error("--tokenizers and --masks are for photographs: use --recipe photos")
     if args.grid14 and args.recipe != "fashion":
         parser.error(
             "--grid14 repeats fashion's table 4 on scenes of 56 x 56 pixels: use --recipe fashion"
@@ -80,6 +81,7 @@ def run(args):
     start = time.monotonic()
     names = [f"table {number}" for number in args.table] + ["grid 14"] * args.grid14
     names += ["tokenizers"] * args.tokenizers + ["budgets"] * args.budgets
+    names += ["masks"] * args.masks
     names += [f"figure {number}" for number in args.figure]
     names = names or ["summary"]
     check_folder(args.out, args.resume)

@@ -54,6 +54,7 @@ RECIPES = {
     # table 4's rows about masking and targets at several budgets
     "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
     "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
+    "masks_budget": (None, None, 1 / 4, "factor on them to compare mask ratios and block sizes"),
     # other tokenizers, which the paper does not compare
     "vocabularies": (None, None, (256, 2048), "other sizes of the vocabulary"),
     "tokenizers_budget": (None, None, 1 / 4, "factor on pretrain.py's epochs there"),
@@ -453,8 +454,8 @@ SEVERAL = ("BEiT", "- blockwise masking", "- masking + recover 100 %")  # with `
 def budgets(runner):
     """Table 4's rows about masking and pixels after shares or multiples of the recipe's epochs.
 
-    Each budget is a run of its own, with a whole cosine. After each, OUT/results.json and
-    OUT/budgets.svg, top-1 by epochs, have all so far.
+    Each budget is a run of its own, with a whole cosine. After each, OUT/results.json and the
+    curves OUT/budgets-MEASURE.svg have all so far.
     """
     s, tokenizer = runner.settings, tokenizer_stage(runner)
     measures, epochs = {"top-1": {}, "k-NN": {}, "mIoU": {}}, []
@@ -476,7 +477,7 @@ def budgets(runner):
         columns = ["", *(f"{value:g} epochs" for value in epochs)]
         table = {"title": "Table 4's rows by budget", "columns": columns, "rows": rows}
         if not runner.planning:
-            draw_budgets(runner, epochs, measures["top-1"])
+            draw_budgets(runner, epochs, measures)
             save_results(runner, {"budgets": table})
     return table
 
@@ -496,17 +497,20 @@ def budget_calls(runner, tokenizer, factor):
     return calls
 
 
-def draw_budgets(runner, epochs, top1):
-    """OUT/budgets.svg: a curve for each row of `top1`, {row: cells}, over the epochs."""
-    lines = {
-        row: [(x, statistics.mean(all_values(cell))) for x, cell in zip(epochs, cells)]
-        for row, cells in top1.items()
-    }
+def draw_budgets(runner, epochs, measures):
+    """OUT/budgets-MEASURE.svg for {measure: {row: cells}}: a curve for each row over the epochs."""
     labels = runner.settings["labels"][0]
-    title = f"Top-1 by epochs of pre-training, {labels} labels per class"
-    picture = pictures.svg_curve(lines, title, "epochs", "top-1, %", width=860)
-    with outputs.again(runner.out / "budgets.svg") as new:
-        new.write_text(picture)
+    more = {"top-1": f", {labels} labels per class", "k-NN": " of the last layer", "mIoU": ""}
+    for measure, found in measures.items():
+        lines = {
+            row: [(x, statistics.mean(all_values(cell))) for x, cell in zip(epochs, cells) if cell]
+            for row, cells in found.items()
+        }
+        title = f"{measure}{more[measure]}, by epochs of pre-training"
+        if any(lines.values()):
+            picture = pictures.svg_curve(lines, title, "epochs", f"{measure}, %", width=860)
+            with outputs.again(runner.out / f"budgets-{slug(measure)}.svg") as new:
+                new.write_text(picture)
 
 
 def tokenizers(runner):
@@ -534,6 +538,37 @@ def tokenizers(runner):
     columns = ["", "token MSE", "codes used, perplexity", "masked tokens right, %", "commonest, %"]
     columns += [f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
     title = f"Other tokenizers, {epochs[1]:g} epochs of pre-training"
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+MASKS = {  # row: flags of pretrain.py
+    "BEiT": (),
+    "30 % masked, not 38": ("--mask-ratio", 0.3),
+    "blocks from 9 patches, not 16": ("--min-block", 9),
+    "blocks from 4 patches": ("--min-block", 4),
+    "- blockwise masking": ABLATIONS["- blockwise masking"][0],
+}
+
+
+def masks(runner):
+    """Not in the paper: fewer masked patches and smaller blocks, between BEiT and random masking.
+
+    Pre-training takes a part of the recipe's epochs, one of `budgets`.
+    """
+    s, tokenizer, calls = runner.settings, tokenizer_stage(runner), {}
+    factor = s["masks_budget"]
+    epochs = longer_flags(runner.recipe, factor)
+    for row, flags in MASKS.items():
+        calls[row, 0] = beit_call(runner, f"{row} x{factor:g}", tokenizer, *flags, *epochs)
+    records = runner.stages(calls)
+    cls, seg = downstream(runner, records, s["seg_lr"], prefix=f"x{factor:g}-")
+    rows = []
+    for row in MASKS:
+        right, neighbours = 100 * records[row, 0]["mim_accuracy"], knn(runner, records[row, 0])
+        rows.append([row, right, run_cell(cls[row]), neighbours, run_cell(seg.get(row))])
+    columns = ["", "masked tokens right, %", f"top-1, {s['labels'][0]} labels per class"]
+    columns += ["k-NN", "mIoU, scenes"]
+    title = f"Other masks, {epochs[1]:g} epochs of pre-training"
     return {"title": title, "columns": columns, "rows": rows}
 
 
@@ -579,4 +614,4 @@ def figure2(runner):
 
 EXPERIMENTS = {"summary": summary, "table 1": table1, "table 3": table3, "table 4": table4}
 EXPERIMENTS |= {"grid 14": grid14, "figure 2": figure2}
-EXPERIMENTS |= {"tokenizers": tokenizers, "budgets": budgets}
+EXPERIMENTS |= {"tokenizers": tokenizers, "budgets": budgets, "masks": masks}

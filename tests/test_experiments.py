@@ -345,7 +345,18 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     assert len(claims) == 4 * 2 * 4 and claims[0][0].endswith(table["columns"][1])
     assert [len(found["rows"][0]) for found in saved] == [2, 3, 4, 5]  # after each budget
     assert len(tables.verdicts({"budgets": saved[0]})["rows"]) == 4 * 2
-    assert "<polyline" in (tmp_path / "budgets.svg").read_text()
+    curves = {path.name for path in tmp_path.glob("*.svg") if "<polyline" in path.read_text()}
+    assert curves == {"budgets-top-1.svg", "budgets-k-nn.svg"}
+
+
+def test_masks_plan_what_they_run(no_processes, tmp_path, monkeypatch):
+    """BEiT and random masking are runs of a budget, and not made again."""
+    monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
+    paper.budgets(stages.Runner(tmp_path, "photos", paper.settings("photos", 2)))
+    runner, total = planned(tmp_path, "photos", 2, [paper.masks])
+    table = paper.masks(runner)
+    assert runner.progress.counts() == (total, total) == (9, 9)  # three rows, two seeds each
+    assert [row[0] for row in table["rows"]] == list(paper.MASKS)
 
 
 def test_tokenizers_plan_what_they_run(no_processes, tmp_path):
