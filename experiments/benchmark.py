@@ -437,7 +437,7 @@ def main(argv=None):
     if not args.attention:
         for peer in ("transformers", "timm.models.beit", "PIL.Image"):  # fail now, not in minutes
             import_oracle(peer)
-    print(f"{machine(device)}; --amp auto is {' here: '.join(default_precision(device))}\n"
+    print(f"{machine()}; --amp auto is {' here: '.join(default_precision(device))}\n"
           f"torch {torch.__version__}, {args.images} images per step, base model, medians of "
           f"{args.repeats}", flush=True)  # fmt: skip
     if args.attention:

@@ -1,8 +1,11 @@
 """The machine that results are measured on."""
 
+import functools
 import os
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -10,12 +13,17 @@ import torch
 from plumbing import processes
 
 
-def machine(device=None):
-    """The processor's name and its number of cores, and the GPU if `device` is one, as text."""
+@functools.cache
+def machine():
+    """The processor's name and its number of cores, and the first GPU if there is one, as text."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    gpu = f", {torch.cuda.get_device_name(device)}" if device and device.type == "cuda" else ""
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores{gpu}"
+    parts = [names[0] if names else platform.processor(), f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        ask = "import torch; print(torch.cuda.get_device_name())"  # elsewhere: it takes GPU memory
+        asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+        parts += asked.stdout.split("\n")[:1]
+    return ", ".join(filter(None, parts))
 
 
 def default_precision(device):

@@ -24,7 +24,7 @@ JPEG = 110e3  # bytes
 ASSUMED = [
     ["H100 SXM, bf16 matrix products", f"{H100 / 1e12:.0f} TFLOP/s", "published"],
     ["A100 SXM, bf16 matrix products", f"{A100 / 1e12:.0f} TFLOP/s", "published"],
-    ["share of that rate in a step", f"{100 * SHARE:.0f} %", "measured: pretraining, base"],
+    ["share of that in a step of pre-training", f"{100 * SHARE:.0f} %", "measured: base, H100"],
     ["memory of a GPU", f"{CARD / 1e9:.0f} GB", "published"],
     ["what tensors may take of it", f"{ROOM / 1e9:.0f} GB", "assumed"],
     ["NVLink of an H100, in each direction", f"{NVLINK / 1e9:.0f} GB/s", "published"],

@@ -29,7 +29,7 @@ import torch
 from experiments import HERE, tables
 from experiments.machine import machine
 from images import sets, sources
-from plumbing import checkpoints, command_line, log, processes, signals
+from plumbing import checkpoints, command_line, log, signals
 
 # seconds of a stage on two CPU cores, for scripts without any recorded stage
 SECONDS = {
@@ -404,8 +404,7 @@ class Runner:
         stage.seconds = round(time.monotonic() - stage.started, 1)
         done = {"command": shlex.join([script, *flags]), "seconds": stage.seconds}
         done |= {"resumed": resumed, "threads": threads, "result": record}
-        where = machine(processes.find_device("auto"))
-        done["machine"] = f"{where}, torch {torch.__version__}"
+        done |= {"machine": machine(), "torch": str(torch.__version__)}
         (self.out / f"{name}.tmp").write_text(json.dumps(done) + "\n")
         os.replace(self.out / f"{name}.tmp", self.out / f"{name}.json")
         self.progress.report(stage, record)

@@ -15,7 +15,7 @@ import torch
 
 from experiments import HERE
 from experiments.machine import machine
-from plumbing import entries, log, processes
+from plumbing import entries, log
 
 CLAIMS = [
     # (claim, experiment, column, the row that should win, the row that should lose); {}: the
@@ -64,7 +64,8 @@ CLAIMS = [
         )
     ),
 ]
-KEPT = "seconds", "threads", "resumed", "machine"  # of each stage, in results.json
+TIMED = {"seconds": (int, float), "threads": int, "resumed": bool}  # of each stage
+WHERE = ("machine", "torch")  # likewise; earlier versions did not note them
 MARKER = re.compile(r"(<!-- results of ([\w, ]+): ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -216,17 +217,14 @@ def is_cell(cell):
 
 
 def is_timed(stage):
-    """Does it say how long a stage took, on how many threads, whether it was resumed, and where?
-
-    Earlier versions did not note the machine.
-    """
-    kinds = {"seconds": (int, float), "threads": int, "resumed": bool}
-    right = isinstance(stage, dict) and isinstance(stage.get("machine", ""), str)
-    return right and all(isinstance(stage.get(name), kind) for name, kind in kinds.items())
+    """Does it say how long a stage took, on how many threads, whether it was resumed, and where?"""
+    right = isinstance(stage, dict)
+    right = right and all(isinstance(stage.get(name), kind) for name, kind in TIMED.items())
+    return right and all(isinstance(stage.get(name, ""), str) for name in WHERE)
 
 
 def read_stage(path):
-    """OUT/STAGE.json, {"command", "seconds", "threads", "resumed", "result", "machine"}.
+    """OUT/STAGE.json, {"command", "result"} and TIMED and WHERE.
 
     Raises ValueError naming the file if it is not what stages.Runner writes.
     """
@@ -256,10 +254,9 @@ def save_results(runner, tables):
     machine of the last call.
     """
     saved, finished = read_results(runner.out), finished_stages(runner.out)
-    saved |= {"recipe": runner.recipe, "machine": machine(processes.find_device("auto"))}
-    saved |= {"torch": str(torch.__version__)}
-    for name in sorted(finished):
-        saved["stages"][name] = {key: finished[name][key] for key in KEPT if key in finished[name]}
+    saved |= {"recipe": runner.recipe, "machine": machine(), "torch": str(torch.__version__)}
+    for name, stage in sorted(finished.items()):
+        saved["stages"][name] = {key: stage[key] for key in (*TIMED, *WHERE) if key in stage}
     saved["tables"] |= tables
     claims = verdicts(saved["tables"])
     if claims["rows"]:

@@ -95,12 +95,13 @@ def loader(dataset, keys, workers, pin_memory=False):
     """A DataLoader for a dataset whose __getitems__ makes a whole batch from a list of keys.
 
     workers: number of loader processes; None: this process's share of the cores if `dataset.source`
-    decodes image files; for arrays none, or up to AHEAD of a GPU, which pin_memory stands for. The
-    batches do not depend on it.
+    decodes image files; for arrays none or, if pin_memory says that they go to a GPU, up to AHEAD,
+    since one alone is slower than none. The batches do not depend on it.
     """
     if workers is None:
-        files = isinstance(dataset.source, sources.Files)
-        workers = share_of_cores() if files else min(share_of_cores(), AHEAD) if pin_memory else 0
+        workers = share_of_cores()
+        if not isinstance(dataset.source, sources.Files):
+            workers = min(workers, AHEAD) if pin_memory and workers > 1 else 0
     return Loader(
         dataset,
         batch_sampler=keys,

@@ -148,8 +148,8 @@ def add_run_flags(group):
     accumulate = "split each process's batch into this many passes, to save memory"
     add_number(group, "--accumulate", int, "[1, 1e6]", accumulate, default=1)
     add("--workers", type=workers, default="auto",
-        help="loader processes, 0 to 1024; auto: one per core for files, 0 for arrays, or 4 with "
-        "a GPU")  # fmt: skip
+        help="loader processes, 0 to 1024; auto: one per core for files; for arrays 0, or up to 4 "
+        "to train on a GPU")  # fmt: skip
     add("--compile", action="store_true",
         help="torch.compile the model: slow start, faster steps")  # fmt: skip
     benchmark = "time this many steps, print where the time goes, stop; writes nothing"

@@ -341,7 +341,9 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     assert list(rows) == [f"{row}, {m}" for m in ("top-1", "k-NN") for row in paper.BUDGET_ROWS]
     seeds = [len(cell["values"]) for cell in rows["BEiT, top-1"]]
     assert seeds == [1, 1, 1, runner.settings["budget_seeds"]]
-    claims = tables.save_results(runner, {"budgets": table})["tables"]["claims"]["rows"]
+    results = tables.save_results(runner, {"budgets": table})
+    assert all(stage["machine"] and stage["torch"] for stage in results["stages"].values())
+    claims = results["tables"]["claims"]["rows"]
     assert len(claims) == 4 * 2 * 4 and claims[0][0].endswith(table["columns"][1])
     assert [len(found["rows"][0]) for found in saved] == [2, 3, 4, 5]  # after each budget
     assert len(tables.verdicts({"budgets": saved[0]})["rows"]) == 4 * 2

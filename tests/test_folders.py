@@ -345,16 +345,21 @@ def test_pictures_of_images_of_different_sizes(pillow, tmp_path):
 
 
 def test_workers_auto(pillow, tmp_path, monkeypatch):
-    """As many loader processes as a process's cores for files, none for arrays."""
+    """As many loader processes as a process has cores for files; for arrays none, or a GPU's."""
     save_all(pillow, tmp_path, {f"{i}.png": np.zeros((8, 8), np.uint8) for i in range(4)})
     files = sources.Files("four", sorted(tmp_path.iterdir()))
     arrays = sources.Arrays("four", np.zeros((4, 8, 8), np.uint8))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    for world, expected in (("1", 6), ("4", 1), ("8", 1)):
+    for world, expected, for_gpu in (("1", 6, 4), ("2", 3, 3), ("4", 1, 0), ("8", 1, 0)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", world)
-        for source, count in ((files, expected), (arrays, 0)):
+        for source, gpu, count in (
+            (files, False, expected),
+            (files, True, expected),
+            (arrays, False, 0),
+            (arrays, True, for_gpu),
+        ):
             crops = views.Crops(source, [(8, "bicubic")], False)
-            assert batches.loader(crops, [[(-1, 0)]], None).num_workers == count
+            assert batches.loader(crops, [[(-1, 0)]], None, gpu).num_workers == count
     assert batches.loader(crops, [[(-1, 0)]], 3).num_workers == 3
 
 
