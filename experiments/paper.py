@@ -534,9 +534,10 @@ def tokenizers(runner):
         mse, beit = f"{tokenizer['reconstruction_mse']:.4f}", records[row, 0]
         codes = f"{tokenizer['codebook_used']}, {tokenizer['codebook_perplexity']:.0f}"
         right = [f"{100 * beit[name]:.1f}" for name in ("mim_accuracy", "commonest_token")]
-        rows.append([row, mse, codes, *right, run_cell(cls[row]), run_cell(seg.get(row))])
+        miou = [run_cell(seg[row])] if seg else []
+        rows.append([row, mse, codes, *right, run_cell(cls[row]), *miou])
     columns = ["", "token MSE", "codes used, perplexity", "masked tokens right, %", "commonest, %"]
-    columns += [f"top-1, {s['labels'][0]} labels per class", "mIoU, scenes"]
+    columns += [f"top-1, {s['labels'][0]} labels per class"] + ["mIoU, scenes"] * bool(seg)
     title = f"Other tokenizers, {epochs[1]:g} epochs of pre-training"
     return {"title": title, "columns": columns, "rows": rows}
 
@@ -565,9 +566,10 @@ def masks(runner):
     rows = []
     for row in MASKS:
         right, neighbours = 100 * records[row, 0]["mim_accuracy"], knn(runner, records[row, 0])
-        rows.append([row, right, run_cell(cls[row]), neighbours, run_cell(seg.get(row))])
+        miou = [run_cell(seg[row])] if seg else []
+        rows.append([row, right, run_cell(cls[row]), neighbours, *miou])
     columns = ["", "masked tokens right, %", f"top-1, {s['labels'][0]} labels per class"]
-    columns += ["k-NN", "mIoU, scenes"]
+    columns += ["k-NN"] + ["mIoU, scenes"] * bool(seg)
     title = f"Other masks, {epochs[1]:g} epochs of pre-training"
     return {"title": title, "columns": columns, "rows": rows}
 
