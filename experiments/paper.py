@@ -54,7 +54,7 @@ RECIPES = {
     # table 4's rows about masking and targets at several budgets
     "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1), "factors on pretrain.py's epochs"),
     "budget_seeds": (None, 2, 2, "pre-training runs at the largest, of BEiT, random, no masking"),
-    "masks_budget": (None, None, 1 / 4, "factor on them to compare mask ratios and block sizes"),
+    "masks_budget": (None, None, 1 / 4, "factor on pretrain.py's epochs for other masks"),
     # other tokenizers, which the paper does not compare
     "vocabularies": (None, None, (256, 2048), "other sizes of the vocabulary"),
     "tokenizers_budget": (None, None, 1 / 4, "factor on pretrain.py's epochs there"),
