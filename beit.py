@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-STD = 0.02  # of the truncated normal that initialises every matrix (appendix)
+STD = 0.02  # of the truncated normal that initialises every matrix (section 2.5)
 SDPA_ON = ("cuda",)  # on CPUs SDPA's backward is slower in bf16 than the plain products
 
 
 @dataclass
 class BeitConfig:
-    """Shape of the backbone; the defaults are BEiT-base as released."""
+    """Shape of the backbone; default: BEiT-base as released. Raises ValueError on bad values."""
 
     image_size: int = 224  # H = W, pixels
     patch_size: int = 16  # P, pixels
@@ -66,7 +66,7 @@ MODELS = {  # --model: the appendix's two sizes, and four for small images on a 
 
 
 def model_config(name, **changes):
-    """The BeitConfig of --model NAME with changes. Raises ValueError on an unknown name."""
+    """The BeitConfig of --model NAME with changes. Raises ValueError on a bad name or value."""
     if name not in MODELS:
         raise ValueError(f"model {name!r} is none of {', '.join(MODELS)}")
     return BeitConfig(**MODELS[name] | changes)
@@ -275,7 +275,7 @@ class Beit(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, cut):
-        """Truncated normal matrices and embeddings, zero biases, depth-scaled projections."""
+        """Section 2.5: truncated normal, zero biases; layer l's output projections / sqrt(2l)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 init_weight(module.weight, cut)
@@ -365,7 +365,7 @@ class Beit(nn.Module):
         return last.attn.weights(q, k, bias)
 
 
-# -------------------------------------------------------- other resolutions (section 2.6)
+# -------------------------------------------------------- other resolutions (section 3.1)
 
 
 def resize_pos_embed(pos_embed, grid):
@@ -383,8 +383,7 @@ def geometric_offsets(old, new):
 
     Offset k is at 1 + q + ... + q^(k-1). Bisection finds the q for which the last one reaches
     new-1: near offsets keep their meaning, far ones stretch. 14 -> 24 patches gives q 1.0903,
-    14 -> 32 gives 1.1349. q is at least 1.01, so on a smaller grid near offsets keep their values
-    and far ones fall away.
+    14 -> 32 gives 1.1349. q is at least 1.01: on a smaller grid far offsets fall away.
     """
     low, high = 1.01, float(max(new - 1, 2))
     while high - low > 1e-9:

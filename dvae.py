@@ -29,7 +29,7 @@ EPSILON = 0.1  # map_pixels keeps pixels this far from 0 and 1, where logit(x) i
 
 @dataclass
 class DVAEConfig:
-    """Shape of the dVAE; the defaults are DALL-E's published tokenizer."""
+    """Shape of the dVAE; default: DALL-E's published one. Raises ValueError on bad values."""
 
     vocab_size: int = 8192  # |V|
     hidden: int = 256  # width of the first group; group g is 2**(g-1) times as wide

@@ -30,7 +30,7 @@ RECIPES = {
     # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's.
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels; default: those of --init"),
-    "labels_per_class": (100, 100, 100, 0, 0, "[0, 1e9]", "balanced subset by the seed; 0: all"),
+    "labels_per_class": (100, 100, 100, 0, 0, "[0, 1e9]", "images per class, by the seed; 0: all"),
     "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size for --init random: see MODELS"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),
     # augmentation
@@ -41,7 +41,7 @@ RECIPES = {
     "mixup": (0.0, 0.0, 0.0, 0.8, 0.8, "[0, 1000]", "alpha of mixup; 0: none"),
     "cutmix": (0.0, 0.0, 0.0, 1.0, 1.0, "[0, 1000]", "alpha; 0: none; with mixup, half the steps"),
     "smoothing": (0.1, 0.1, 0.1, 0.1, 0.1, "[0, 1]", "label smoothing"),
-    "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "evaluated share of side, below 384"),
+    "eval_crop": (*(1.0,) * 3, *(224 / 256,) * 2, "[0.1, 1]", "share of the short side, below 384"),
     # optimisation
     "epochs": (15.0, 10.0, 20.0, 100.0, 50.0, "(0, 1e6]", "passes over the labelled images"),
     "warmup_epochs": (1.5, 1.0, 2.0, 20.0, 5.0, "[0, 1e6]", "epochs of linear warm-up"),
@@ -101,7 +101,7 @@ def evaluate(model, held_out, args, normalise, process):
 
 
 def prepare(args):
-    """(model, training set, held-out set, normalise, class names) to fine-tune --init."""
+    """(model, training set, held-out set, normalise, class names). ValueError on a bad --layer."""
     init, normalise = published.load_init(args, "pretraining", KIND)
     args.image_size = args.image_size or init["config"]["image_size"]
     train_set, held_out, classes = labelled.open_sets(args, normalise)

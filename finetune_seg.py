@@ -35,7 +35,7 @@ RECIPES = {
     "min_scale": (1.0, 1.0, 1.0, 0.5, 0.5, "[0.01, 100]", "smallest factor to resize an image by"),
     "max_scale": (1.0, 1.0, 1.25, 2.0, 2.0, "[0.01, 100]", "largest factor; then comes the crop"),
     "short_side": (0, 0, 112, 512, 512, "[0, 65536]", "resize the short side first; 0: do not"),
-    "long_side": (0, 0, 0, 2048, 2048, "[0, 65536]", "limit on the long side after that; 0: none"),
+    "long_side": (0, 0, 0, 2048, 2048, "[0, 65536]", "limit on the long side then; 0: none"),
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "photometric": (False, False, True, True, True, "", "vary brightness, contrast, colours"),
     # optimisation
@@ -49,7 +49,7 @@ RECIPES = {
     "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, "[0, 100]", "AdamW weight decay"),
     "clip": (3.0, 3.0, 3.0, 0.0, 0.0, "[0, 1e9]", "largest norm of the gradient; 0: no clipping"),
     "eval_images": (500, 1000, 1000, 2000, 2000, "[1, 1e9]", "limit on evaluation images"),
-    "save_every": (1000, 1000, 1000, 16_000, 16_000, "[1, 1e9]", "steps between evaluations"),
+    "save_every": (*(1000,) * 3, *(16_000,) * 2, "[1, 1e9]", "steps between evaluations, saves"),
 }  # fmt: skip
 KIND = "segmentation"  # of its checkpoints
 SIZE_OF_INIT = ("demo", "fashion")  # recipes that take the image size of --init; the paper's is 512
@@ -93,7 +93,7 @@ class BeitForSegmentation(Beit):
 
 
 def slide(model, x):
-    """Logits for images of at least the crop's size, by a sliding window (appendix).
+    """Logits for images of at least the crop's size, by the released code's sliding window.
 
     (B, 3, H, W) -> (B, C, H, W). Crop-sized windows have a stride of 2/3 of their size; where they
     overlap, logits are averaged. The last window of a row or column is moved back inside the image.
@@ -138,7 +138,7 @@ def mean_iou(matrix):
 
 @torch.no_grad()
 def evaluate(model, held_out, args, normalise, process):
-    """miou, pixel_accuracy and the iou of each class, in percent, from one confusion matrix."""
+    """miou, pixel_accuracy, iou of each class in percent, on masks resized as their images."""
     model.eval()
     device = process.device
     matrix = torch.zeros(model.classes, model.classes, dtype=torch.int64, device=device)

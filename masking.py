@@ -1,7 +1,7 @@
 """Which patches to mask: Algorithm 1 (section 2.3), as released and as printed; random masking.
 
-Every function takes a `random.Random`, so a mask is a function of a seed, and returns a bool array
-(h, w), True = masked. `python masking.py` prints statistics on the paper's 14 x 14 grid.
+What draws a mask takes a `random.Random`, so that a mask is a function of a seed, and returns a
+bool array (h, w), True = masked. `python masking.py` prints statistics on the paper's 14 x 14 grid.
 """
 
 import math

@@ -44,7 +44,7 @@ from plumbing import processes, published, schedules, weights
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's.
+    # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's or released.
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels of the view cut into patches"),
     "token_size": (24, 28, 112, 112, 112, "[1, 65536]", "pixels of that crop for the tokenizer"),
@@ -55,7 +55,7 @@ RECIPES = {
     # masking and targets; table 4 has other values
     "masking": (*("blockwise",) * 5, "blockwise|printed|random|none", "printed: as in Algorithm 1"),
     "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share of patches to mask"),
-    "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block, in patches"),
+    "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block (blockwise, printed), in patches"),
     "target": (*("tokens",) * 5, "tokens|pixels|normalised-pixels", "z, or the patch's own pixels"),
     "recover": (*("masked",) * 5, "masked|all", "predict tokens at masked positions, or at all"),
     # backbone
@@ -145,13 +145,13 @@ def fixed_count(to_predict, count):
 
 
 class MaskedViews(views.Crops):
-    """Batches of the two views of one crop (views.Crops) and a mask (B, h, w) of each image."""
+    """Batches of two views of one crop and masks (B, h, w). Raises ValueError on bad settings."""
 
     def __init__(self, args, source, sizes, grid, train):
         crop = (args.min_crop, args.flip, args.jitter) if train else ()
         super().__init__(source, sizes, train, args.seed, *crop)
         self.masking, self.mask_shape = args.masking, (grid, args.mask_ratio, args.min_block)
-        self.mask(0)  # raises ValueError for bad settings before training
+        self.mask(0)  # raises for bad settings before training
         # The largest number of positions to predict in an image.
         most = masking.most_masked(args.masking, *self.mask_shape)
         self.most_positions = grid**2 if args.recover == "all" else most

@@ -4,6 +4,7 @@
     python reproduce.py --recipe fashion      # summary on real images: 25 minutes on two CPU cores
     python reproduce.py --recipe fashion --table 1 3 4 --grid14 --figure 2       # hours
     python reproduce.py --recipe photos --budgets       # part of table 4, four times: ten hours
+    python reproduce.py --recipe photos --masks --tokenizers    # other masks, other tokenizers
     python reproduce.py ... --resume          # continue a stopped run: the same flags and --resume
     python reproduce.py --documents           # fill the documents' tables from docs/results
 
@@ -43,7 +44,7 @@ def parse(argv):
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"
-    command_line.add_number(parser, "--seeds", int, "[1, 1000]", seeds)
+    command_line.add_number(parser, "--seeds", int, "[1, 100]", seeds)  # 100: learning rates
     add("--out", help="new folder for all results; default: runs/RECIPE")
     add("--resume", action="store_true", help="keep the finished stages in --out, run the others")
     add("--scenes", help="images with masks for segmentation (docs/data.md); default: the recipe's")
@@ -94,7 +95,8 @@ def run(args):
         for name in names:
             table = paper.EXPERIMENTS[name](runner)
             made = tables.save_results(runner, {name: table})["tables"]
-    for name in [*names, "claims"] if names != ["summary"] else names:
+    shown = names + ["claims"] * ("claims" in made and names != ["summary"])
+    for name in shown:
         print(f"\n{made[name]['title']}\n{tables.markdown(made[name])}")
     page = report.write(args.out, args.data_dir)
     minutes = (time.monotonic() - start) / 60

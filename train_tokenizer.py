@@ -7,7 +7,7 @@
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train_tokenizer.py ...
 
 --batch-size is the global batch: processes x accumulation passes x images per pass.
-OUT: checkpoint.pt, metrics.jsonl, loss.svg, reconstructions.png (below the originals).
+OUT: checkpoint.pt, metrics.jsonl, loss.svg, reconstructions.png (originals above).
 """
 
 import functools
@@ -24,7 +24,7 @@ from plumbing import processes, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, range, help). base, large: DALL-E's appendix A.
+    # name: (demo, fashion, photos, base, large, range, help). base, large: see docs/fidelity.md.
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 256, 256, "[1, 65536]", "pixels; a trained model takes others too"),
     "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "(0, 1]", "least share of area in a crop; 1: a square"),
@@ -36,12 +36,12 @@ RECIPES = {
     "blocks_per_group": (1, 1, 1, 2, 2, "[1, 1000]", "residual blocks in each group"),
     "code_dim": (64, 64, 64, 128, 128, "[1, 65536]", "width of a code in the decoder"),
     "quantizer": (*("gumbel",) * 5, "gumbel|vq", "Gumbel-softmax, or VQ-VAE"),
-    "likelihood": ("mse", "mse", "mse", *("logit-laplace",) * 2, "logit-laplace|mse", "p(x|z)"),
+    "likelihood": ("mse", "mse", "mse", *("logit-laplace",) * 2, "logit-laplace|mse", "of p(x|z)"),
     "normalise_logits": (True, True, True, False, False, "", "standardise logits; not the paper's"),
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
     "tau": (*(1 / 16,) * 5, "[1e-4, 1e4]", "final temperature of Gumbel-softmax; cosine from 1"),
     "tau_steps": (300, 350, 500, 150_000, 150_000, "[0, 1e9]", "steps until the final temperature"),
-    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final weight of the KL against p(x|z)"),
+    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final weight of the KL beside -log p(x|z)"),
     "beta_steps": (0, 0, 0, 5000, 5000, "[0, 1e9]", "steps until the final KL weight"),
     # optimisation
     "steps": (600, 700, 1000, 3_000_000, 3_000_000, "[1, 1e9]", "optimisation steps"),
@@ -111,7 +111,7 @@ def revive_codes(model, x, step, args, process):
 def build_model(args):
     """The dVAE of the recipe, or that of --init, whose sizes then replace the recipe's.
 
-    Raises ValueError if the image size does not divide into tokens.
+    Raises ValueError if the image size does not divide into tokens, or the memory is too small.
     """
     names = DVAEConfig.__dataclass_fields__
     if model := args.init and load_tokenizer(checkpoints.start_of(args)):
@@ -163,13 +163,13 @@ def main(argv=None):
         beta = schedules.ramp(step, args.beta_steps, args.beta)
         x = batches.to_float(images, device)
         revive_codes(model, x, step, args, process)  # VQ-VAE only
-        total, statistics = 0.0, []
+        parts, statistics = [], []
         for part, (x,) in enumerate(run.passes(x), start=process.rank * args.accumulate):
             e = noise.code_noise(model.config, x, args.seed, step, part)
             with process.autocast():
                 loss, terms, of_pass = run.model(x, tau, beta, e)
             scaler.scale(loss / args.accumulate).backward()
-            total += loss.detach() / args.accumulate
+            parts.append({"loss": loss.detach(), **terms})
             statistics.append(of_pass)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -180,7 +180,7 @@ def main(argv=None):
                 average.update_parameters(model)
         scaler.update()
         optimizer.zero_grad()
-        run.report(total, **terms, tau=tau, beta=beta, lr=lr)
+        run.report(**log.means(parts), tau=tau, beta=beta, lr=lr)
     run.finish(measure, draw)
 
 

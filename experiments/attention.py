@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
 from images import batches, masked, patches, sets, sources, views
-from plumbing import command_line, log, noise, outputs, pictures, published
+from plumbing import command_line, entries, log, noise, outputs, pictures, published
 
 SHOWN = 4  # images in a picture for which none are named
 BATCH = 64  # most images at once
@@ -192,6 +192,16 @@ def average_precision(scores, relevant):
     return (precision * hits).sum(-1) / hits.sum(-1)
 
 
+def expected_precision(relevant, n):
+    """The mean average precision of all orders of n items, of which `relevant` (a tensor) are.
+
+    An item in place k is relevant with probability relevant / n, and each of the k - 1 before it
+    then with (relevant - 1) / (n - 1). Above relevant / n, because the item itself counts.
+    """
+    harmonic = (1 / torch.arange(1, n + 1)).sum()  # the sum of 1 / k over the places
+    return (harmonic + (n - harmonic) * (relevant - 1) / max(n - 1, 1)) / n
+
+
 def patch_classes(masks, patch):
     """The commonest class in each patch of `patch` pixels: (B, H, W) -> (B, N)."""
     pixels = masks.unfold(1, patch, patch).unfold(2, patch, patch)  # (B, h, w, P, P)
@@ -222,7 +232,7 @@ def rank_patches(scores, classes):
 
     scores: (B, R, N, N), the rows for reference patches; classes: (B, N). All other patches are
     ranked, and those of the same class are relevant. Returns the average precision of each of the R
-    rankings and, last, the share of relevant patches: (n, R + 1).
+    rankings and, last, of a random one: (n, R + 1).
     """
     same = classes[:, :, None] == classes[:, None]  # (B, N, N)
     on_object = (classes != BACKGROUND) & (classes != sources.IGNORE)
@@ -233,7 +243,8 @@ def rank_patches(scores, classes):
     ranked = scores[image, :, i]  # (n, R, N)
     ranked = ranked.gather(2, others[:, None].expand(-1, ranked.shape[1], -1))
     precision = average_precision(ranked, relevant[:, None].expand_as(ranked))
-    return torch.cat([precision, relevant.float().mean(1, keepdim=True)], dim=1)
+    chance = expected_precision(relevant.sum(1, keepdim=True), relevant.shape[1])
+    return torch.cat([precision, chance], dim=1)
 
 
 @torch.no_grad()
@@ -300,8 +311,7 @@ def load_models(checkpoint, seed=0, normalise="auto"):
     The models are "pre-trained" and, with the same shape, "random weights"; normalise names the
     pixel mean and std that they were trained with.
     """
-    kinds = "pretraining", "classification", "segmentation"
-    state = published.load_pretrained(checkpoint, *kinds, normalise=normalise)
+    state = published.load_pretrained(checkpoint, *entries.TRAINED, normalise=normalise)
     torch.manual_seed(seed)
     trained, fresh = (Beit(BeitConfig(**state["config"])).eval() for _ in range(2))
     load_backbone(trained, state["model"])

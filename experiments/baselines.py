@@ -1,11 +1,13 @@
 """Baselines without a network: logistic regression on pixels, and one class for every pixel."""
 
+import argparse
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import finetune_seg
-from images import batches, sets, sources
+from images import batches, masked, sets, sources
 from plumbing import command_line
 
 
@@ -66,17 +68,19 @@ def raw_pixels(runner, labels):
 
 
 def commonest_class(runner):
-    """mIoU in percent of predicting the commonest class for every pixel.
+    """mIoU in percent of predicting the commonest class of the test images for every pixel.
 
-    Measured on the same test images as the segmenters.
+    Measured on the same test images as the segmenters, resized in the same way.
     """
     if runner.planning:
         return 0.0
     test = sets.open_source(runner.settings["scenes"], "test", runner.data_dir)
     column = command_line.COLUMNS.index(runner.recipe)
-    shown = batches.spread(len(test), finetune_seg.RECIPES["eval_images"][column])
-    classes = len(test.mask_classes)
-    masks = (torch.from_numpy(test.read_masks([index])) for index in shown)
+    args = {name: row[column] for name, row in finetune_seg.RECIPES.items()}
+    args, classes = argparse.Namespace(**args, seed=0), len(test.mask_classes)
+    seen = masked.MaskedImages(args, test, classes, "half", train=False)
+    shown = batches.spread(len(test), args.eval_images)
+    masks = (seen.__getitems__([(-1, index)])[1] for index in shown)
     counts = sum(m[m != sources.IGNORE].bincount(minlength=classes) for m in masks)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     matrix[:, counts.argmax()] = counts  # row: true class; column: the class that is predicted

@@ -314,6 +314,8 @@ def memory(images, device):
     for name in ("ours", "transformers"):
         flags = ["--images", str(images), "--only", name, "--device", device.type]
         done = subprocess.run([*COMMAND, *flags], cwd=HERE, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ValueError(f"{name} ended with status {done.returncode}")
         print(f"peak memory, {name:28s} {done.stdout.strip()}", flush=True)
 
 

@@ -36,11 +36,10 @@ import torch.nn.functional as F
 
 from beit import Beit, BeitConfig, load_backbone
 from images import batches, sets, sources, views
-from plumbing import command_line, log, outputs, processes, published, signals
+from plumbing import command_line, entries, log, outputs, processes, published, signals
 
 K = 20  # neighbours that vote
 PAIRS = 2**26  # similarities computed at a time, which take a quarter of a gigabyte
-KINDS = "pretraining", "classification", "segmentation"  # of checkpoints with a backbone
 
 
 # -------------------------------------------------------- features
@@ -79,7 +78,7 @@ def extract(model, source, args, normalise, process, features):
 
 def load_model(path, normalise):
     """(Beit, its kind of checkpoint, name of the pixel mean and std) of a file of weights."""
-    found = published.load_pretrained(path, *KINDS, normalise=normalise)
+    found = published.load_pretrained(path, *entries.TRAINED, normalise=normalise)
     model = Beit(BeitConfig(**found["config"])).eval()
     load_backbone(model, found["model"])
     return model, found["kind"], found["normalise"]
@@ -193,8 +192,7 @@ def parse(argv):
     command_line.add_number(parser, "--images", int, "[1, 1e9]", help_text, **images)
     help_text = "share of the short side to see; 0.875 is the paper's below 384 pixels"
     command_line.add_number(parser, "--eval-crop", float, "[0.1, 1]", help_text, default=1.0)
-    help_text = "pixel mean and std; auto: the checkpoint's, half for published weights"
-    add("--normalise", default="auto", choices=("auto", "half", "imagenet"), help=help_text)
+    command_line.add_normalise_flag(parser)
     add("--device", default="auto", help="auto, cpu or cuda")
     help_text = "autocast precision; auto is bf16 where the hardware has it, else off"
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help=help_text)

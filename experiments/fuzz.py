@@ -28,10 +28,12 @@ import time
 import zlib
 from pathlib import Path
 
+from experiments import HERE
 from experiments.fuzz_bench import (
-    ACCEPT, FRESH, HERE, MEMORY, PROGRAMS, REFUSE, SECONDS, STOPPED, Bench, Result,
+    ACCEPT, FRESH, MEMORY, PROGRAMS, REFUSE, SECONDS, Bench, Result,
 )  # fmt: skip
 from experiments.mutations import KINDS
+from plumbing.signals import STOPPED
 
 # -------------------------------------------------------- one case, and what is wrong with it
 

@@ -9,14 +9,11 @@ import sys
 import types
 import unittest.mock
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parents[1]
 REFUSE, ACCEPT, EITHER = "must be refused", "must be accepted", "may be either"
-STOPPED = 75  # exit status of a run that a signal stopped
 SECONDS, MEMORY = 60, 8 << 30  # limits of a case
 FRESH = 40  # in the long run one case in so many gets an interpreter of its own
 
@@ -83,7 +80,7 @@ class Hostile:
         self.path = path
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, (str(self.path),)
 
 
 # -------------------------------------------------------- the good files that cases start from

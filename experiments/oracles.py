@@ -1,6 +1,6 @@
 """Independent implementations to compare with: timm, transformers, dall-e, scipy and Pillow.
 
-Only experiments.verify and experiments.benchmark need these packages.
+Only experiments.verify, experiments.benchmark and experiments.scale_check need these packages.
 """
 
 import importlib

@@ -34,6 +34,8 @@ SCRIPTS = {
 RANDOM = ("from-scratch", "random-weights")  # rows that start from random weights
 PATHS = ("init", "tokenizer")  # flags with a path, which the commands show better
 LINES = 6  # of a chart, at most
+# what stands before the names of the fine-tuning stages of grid14, tokenizers, budgets and masks
+SERIES = r"(14x14-|tokens-|x[\d.]+-)?"
 TITLE = "BEiT at small scale"
 STYLE = """
 :root { color-scheme: light dark; --text: #1d2329; --muted: #59636e; --line: #d8dee4;
@@ -122,6 +124,16 @@ def results(saved):
     return parts if saved["tables"] else []
 
 
+def budget_curves(out):
+    """The curves that `reproduce.py --budgets` drew."""
+    parts = []
+    for path in sorted(out.glob("budgets-*.svg")):
+        source = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        text = html.escape(path.stem.replace("-", " "))
+        parts.append(f'<figure><img src="{source}" alt="{text}"></figure>')
+    return parts
+
+
 # -------------------------------------------------------- loss curves
 
 
@@ -161,19 +173,21 @@ def fine_tuning_charts(out, stages, names):
     """For each task the mean training loss of its rows: BEiT against random weights if they ran."""
     tasks = collections.defaultdict(lambda: collections.defaultdict(list))
     for name in sorted(stages):
-        match = re.fullmatch(r"((?:14x14-)?(?:cls\w+?|seg))-(.+)-\d+-\d+", base_name(name))
+        match = re.fullmatch(SERIES + r"(cls\w+?|seg)-(.+)-\d+-\d+", base_name(name))
         if match and (curve := losses(out, name)):
-            task, row = match.groups()
-            tasks[task][row].append(curve)
+            series, task, row = match.groups()
+            tasks[series, task][row].append(curve)
     charts = []
-    for task, rows in tasks.items():
+    for (series, task), rows in tasks.items():
         fresh = [row for row in rows if row.startswith(RANDOM) and "smaller" not in row]
         shown = ["beit"] * ("beit" in rows)
         others = fresh if fresh and shown else [row for row in rows if row != "beit"]
-        title = "Segmenters" if "seg" in task else "Classifiers"
-        if labels := re.search(r"cls(\w+)", task):
-            title += f", {'all labels' if labels[1] == 'all' else f'{labels[1]} labels per class'}"
-        title += ", after 14 x 14 patches" if task.startswith("14x14") else ""
+        title = "Segmenters"
+        if task != "seg":
+            labels = task.removeprefix("cls")
+            labels = "all labels" if labels == "all" else f"{labels} labels per class"
+            title = f"Classifiers, {labels}"
+        title += series_text(series)
         step = LINES - len(shown)
         for part in range(0, max(len(others), 1), step):
             points = {
@@ -182,6 +196,15 @@ def fine_tuning_charts(out, stages, names):
             }
             charts.append(chart(points, title, "training loss, mean"))
     return charts
+
+
+def series_text(series):
+    """What a match of SERIES, or None, adds to a title."""
+    if series is None:
+        return ""
+    if series[0] == "x":
+        return f", {series[1:-1]} times the recipe's epochs"
+    return ", after 14 x 14 patches" if series == "14x14-" else ", other tokenizers"
 
 
 def curves(out, stages, names):
@@ -229,7 +252,7 @@ def draw_attention(out, stages, data_dir, path):
         for name, stage in stages.items()
         if stage["command"].startswith("pretrain.py") and (out / name / "checkpoint.pt").exists()
     ]
-    trained.sort(key=lambda name: not base_name(name).startswith("beit"))
+    trained.sort(key=lambda name: base_name(name) != "beit-0")  # first the summary's
     if not trained:
         return
     data = flags_of(stages[trained[0]]["command"])["data"]
@@ -249,9 +272,10 @@ def stage_figure(out, name, stage, names):
         decoded = ", decoded from visual tokens" if tokens else ""
         caption = "test images, the input with masked patches in grey, the model's predictions"
         return figure(out / name / "predictions.png", f"Stage {text}: {caption}{decoded}.")
-    match = re.fullmatch(r"(?:14x14-)?seg-(.+)-0-0", text)
+    match = re.fullmatch(SERIES + "seg-(.+)-0-0", text)
     if script == "finetune_seg.py" and match:
-        start = names.get(match[1], match[1].replace("-", " "))
+        series, row = match.groups()
+        start = names.get(row, row.replace("-", " ")) + series_text(series)
         caption = "test images, the true class of each pixel, the predicted class"
         return figure(out / name / "segmentation.png", f"From {start}: {caption}.")
     return []
@@ -343,14 +367,14 @@ def settings(recipe, stages):
         if any(stage["command"].startswith(script) for stage in stages.values()):
             table = table_html(columns, settings_of(script, recipe, stages))
             parts.append(f"<details><summary>{script}</summary>{table}</details>")
-    column = paper.settings(recipe)
+    column = paper.settings(recipe)  # without --seeds and --scenes
     rows = [
         [name, value_text(column[name]), text]
         for name, (*_, text) in paper.RECIPES.items()
         if column[name] is not None
     ]
     table = table_html(columns, rows)
-    return [*parts, f"<details><summary>experiments</summary>{table}</details>"]
+    return [*parts, f"<details><summary>the recipe's experiments</summary>{table}</details>"]
 
 
 def commands(out):
@@ -380,14 +404,17 @@ def times(saved, stages):
         parts.append(f"<p>{html.escape(where)}</p>")
     if stages:
         rows = [
-            [name, stage["seconds"], stage["threads"] or "all", value_text(stage["resumed"])]
+            [
+                *(name, stage["seconds"], stage["threads"] or "all", value_text(stage["resumed"])),
+                stage.get("machine", ""),
+            ]
             for name, stage in stages.items()
         ]
         parts += [
             f"<p>Seeds: {html.escape(seeds(stages))}.</p>",
             "<p>Stages with one thread run side by side. The seconds of a resumed stage are those "
             "of its last process.</p>",
-            table_html(["stage", "seconds", "CPU threads", "resumed"], rows),
+            table_html(["stage", "seconds", "CPU threads", "resumed", "machine"], rows),
         ]
     return parts
 
@@ -395,16 +422,17 @@ def times(saved, stages):
 # -------------------------------------------------------- the page
 
 
-def page(recipe, sections):
-    """The whole page. sections: {title: list of HTML parts}; empty ones are left out."""
+def page(recipe, data, sections):
+    """The whole page. data: names of the data sets; sections: {title: list of HTML parts}.
+
+    Empty sections are left out.
+    """
     sections = {title: parts for title, parts in sections.items() if parts}
     links = [f'<a href="#{paper.slug(title)}">{html.escape(title)}</a>' for title in sections]
     body = []
     for title, parts in sections.items():
         heading = f'<h2 id="{paper.slug(title)}">{html.escape(title)}</h2>'
         body += ["<section>", heading, *parts, "</section>"]
-    column = paper.settings(recipe)
-    data = " and ".join(dict.fromkeys(filter(None, (column["data"], column["scenes"]))))
     title = f"{TITLE}: recipe {recipe}"
     return "\n".join(
         [
@@ -416,12 +444,19 @@ def page(recipe, sections):
             "from images without labels: a tokenizer turns each image into visual tokens, and a "
             "vision transformer learns to predict the tokens of masked patches. Then it is "
             "fine-tuned to classify and to segment images, here in comparison with random "
-            f"weights. Data: {html.escape(data)}.</p>",
+            f"weights. Data: {html.escape(' and '.join(data))}.</p>",
             f"<nav>{''.join(links)}</nav>",
             *body,
             "</body>\n</html>\n",
         ]
     )
+
+
+def data_of(recipe, stages):
+    """Names of the data sets of the stages; without stages those of the recipe."""
+    used = [flags_of(stage["command"]).get("data") for stage in stages.values()]
+    column = paper.settings(recipe)
+    return [*dict.fromkeys(filter(None, used or (column["data"], column["scenes"])))]
 
 
 def check_ours(path):
@@ -447,7 +482,7 @@ def write(out, data_dir=None):
     check_ours(path)
     names, recipe = row_names(saved), saved.get("recipe", "demo")
     sections = {
-        "Results": results(saved),
+        "Results": results(saved) + budget_curves(out),
         "Loss curves": curves(out, stages, names),
         "Pictures": gallery(out, stages, names, data_dir),
         "Settings": settings(recipe, stages),
@@ -455,7 +490,7 @@ def write(out, data_dir=None):
         "Machine, seeds and times": times(saved, stages),
     }
     with outputs.again(path) as temporary:
-        temporary.write_text(page(recipe, sections), encoding="utf-8")
+        temporary.write_text(page(recipe, data_of(recipe, stages), sections), encoding="utf-8")
     return path
 
 

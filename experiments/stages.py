@@ -10,7 +10,6 @@ import hashlib
 import heapq
 import importlib
 import json
-import math
 import os
 import re
 import shlex
@@ -67,14 +66,6 @@ def last_step(path, start=0):
         file.seek(max(start, path.stat().st_size - 4096))
         found = re.findall(rb"step (\d+)/(\d+)", file.read())
     return tuple(map(int, found[-1])) if found else None
-
-
-def duration(seconds):
-    """Seconds as text for an estimate: '40 s', '3 min', '2 h 10 min'; rounded up."""
-    if seconds < 55:
-        return f"{max(5, 5 * math.ceil(seconds / 5))} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def makespan(seconds, workers):
@@ -241,7 +232,7 @@ class Progress:
     def head(self):
         """'4m11s  [3/16]  about 2 min left': elapsed time, stages that have ended, estimate."""
         elapsed, (ended, total) = int(time.monotonic() - self.start), self.counts()
-        left = f"about {duration(self.seconds_left())} left" if ended < total else "stages done"
+        left = f"about {log.duration(self.seconds_left())} left" if ended < total else "stages done"
         return f"{elapsed // 60:3d}m{elapsed % 60:02d}s  [{ended}/{total}]  {left}"
 
     def line(self, width):
@@ -264,6 +255,8 @@ class Progress:
         """Update the line twice a second until `close`."""
         while not self.ended.wait(0.5):
             with self.lock:
+                if self.ended.is_set():  # while it waited for the lock
+                    return
                 line = self.line(shutil.get_terminal_size().columns - 1)
                 print(f"\r\033[K{line}", end="", flush=True)
 
@@ -271,7 +264,7 @@ class Progress:
         """Say how much there is to do, and start to update the line if there is a terminal."""
         total, self.start = len(self.stages), time.monotonic()
         if total:
-            print(f"{total} stages to run, about {duration(self.seconds_left())}", flush=True)
+            print(f"{total} stages to run, about {log.duration(self.seconds_left())}", flush=True)
         if self.terminal:
             threading.Thread(target=self.show, daemon=True).start()
 

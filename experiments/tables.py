@@ -73,13 +73,15 @@ def verdicts(tables):
     """A table with a verdict on each of CLAIMS whose column is in `tables` {experiment: table}.
 
     "holds": the difference of the means exceeds twice the pooled standard deviation; "does not
-    hold": it is below minus that; "undecided": it is between, or a row has only one run.
+    hold": it is below minus that; "undecided": it is between, or a row has only one run. Rows
+    without results, such as mIoU where there were no masks, have no verdict.
     """
     rows = []
     for claim, experiment, column, winner, loser in CLAIMS:
         if experiment not in tables or column >= len(tables[experiment]["columns"]):
             continue
-        cells = {row[0]: row[column] for row in tables[experiment]["rows"]}
+        rows_of = tables[experiment]["rows"]
+        cells = {row[0]: row[column] for row in rows_of if row[column] is not None}
         if not {winner, loser} <= cells.keys():  # no masks, or an earlier version's table
             continue
         if not all(isinstance(cells[row], dict) for row in (winner, loser)):
@@ -89,7 +91,7 @@ def verdicts(tables):
         difference = statistics.mean(a) - statistics.mean(b)
         margin = math.inf
         if min(len(a), len(b)) > 1:
-            margin = 2 * math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
+            margin = 2 * pooled_deviation(a, b)
         verdict = "holds" if difference > 0 else "does not hold"
         if abs(difference) <= margin:
             verdict = "undecided"
@@ -97,6 +99,12 @@ def verdicts(tables):
         rows.append([claim, verdict, numbers])
     columns = ["claim", "at this scale", "numbers"]
     return {"title": "The paper's claims", "columns": columns, "rows": rows}
+
+
+def pooled_deviation(a, b):
+    """The pooled standard deviation of two lists of values, each of two or more."""
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in (a, b))
+    return math.sqrt(squares / (len(a) + len(b) - 2))
 
 
 def run_cell(found):

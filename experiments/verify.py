@@ -70,8 +70,9 @@ def random_images(config, count=2, seed=1):
 
 
 def gap(a, b):
-    """Largest absolute difference of two tensors."""
-    return (a - b).abs().max().item()
+    """Largest absolute difference of two tensors; infinite where one is not a number."""
+    difference = (a - b).abs()
+    return math.inf if difference.isnan().any() else difference.max().item()
 
 
 def gradient_gap(ours, theirs):

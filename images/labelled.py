@@ -12,9 +12,10 @@ class LabelledViews(views.Crops):
     """A batch of keys (epoch, index) gives uint8 images (B, 3, S, S) and int64 labels (B,).
 
     Training: random crop and flip, then RandAugment and random erasing. Evaluation: the centred
-    square, of a share of the short side below 384 pixels. args: the flags of finetune_cls.
-    normalise: a key of batches.NORMALISE, whose mean fills what RandAugment's warps leave empty.
-    Raises ValueError if the source has no labels or one class, or a label is not below `classes`.
+    square; below 384 pixels its side is --eval-crop of the short side, from 384 on all of it. args:
+    the flags of finetune_cls. normalise: a key of batches.NORMALISE, whose mean fills what
+    RandAugment's warps leave empty. Raises ValueError if the source has no labels or one class, or
+    a label is not below `classes`.
     """
 
     def __init__(self, args, source, classes, train, normalise="half"):
@@ -101,8 +102,8 @@ def open_sets(args, normalise):
 def open_held_out(args, normalise, names, count):
     """The held-out set of --data for a classifier of `count` classes.
 
-    names: of its classes; None, as in published weights: as many as the data has fit. Raises
-    ValueError if the data has other classes.
+    names: of its classes, or None (published weights): then the data must have `count` classes.
+    Raises ValueError if the data has other classes.
     """
     held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
     names = names or held_out.classes

@@ -41,8 +41,8 @@ def centre_view(images, size, kernel, share=1.0, reduced=None):
     """The evaluation view, as torchvision makes it: uint8 (B, 3, H, W) -> (B, 3, size, size).
 
     The short side is resized to size / share pixels, then the centred square is cut out; nothing
-    is squashed. share: 224/256 in the paper's recipe below 384 pixels. reduced: (height, width) of
-    the whole image and by how much `images` are reduced, see photos.Photo.
+    is squashed. share: 224/256 in the paper's recipe below 384 pixels. reduced: (height,
+    width, scale), the whole image's size and by how much `images` are reduced, see photos.Photo.
     """
     height, width = images.shape[-2:]
     scale = 1
@@ -178,7 +178,7 @@ class Crops(Samples):
         return views_of(images, keys, reduced)
 
     def spare(self, key, height, width):
-        """By how much an image may be reduced and still have a pixel for each of the views'."""
+        """How far an image may be reduced until a view has more pixels than its crop."""
         largest = max(size for size, _ in self.views)
         if not self.train:
             return min(height, width) / int(largest / self.centre)

@@ -70,15 +70,16 @@ class Clock:
         self.part, self.since, self.record = "data", 0.0, collections.defaultdict(float)
         self.flop = 0
 
-    def watch(self, model, optimizer, encoder=None):
+    def watch(self, model, optimizer, first_layer=None):
         """Register hooks: a timed part starts when the model, tokenizer or optimiser is called.
 
-        encoder: the tokenizer's. Data is all the rest: loader, crops, masks, noise.
+        first_layer: the tokenizer's; its tokens() does not call the encoder's forward. Data is all
+        the rest: loader, crops, masks, noise.
         """
         if not self.steps:
             return
-        if encoder is not None:
-            encoder.register_forward_pre_hook(lambda *_: self.begin("tokenizer"))
+        if first_layer is not None:
+            first_layer.register_forward_pre_hook(lambda *_: self.begin("tokenizer"))
         model.register_forward_pre_hook(lambda *_: self.begin("forward"))
 
         def hook_gradient(module, inputs, output):

@@ -191,9 +191,13 @@ def ignored(args, size_of_init):
             "blocks_per_group", "code_dim", "quantizer", "likelihood", "normalise_logits",
         }  # fmt: skip
     if flags.get("linear_probe"):
-        yield "--linear-probe", {"randaugment", "erasing", "mixup", "cutmix", "drop_path"}
+        yield "--linear-probe", {
+            "randaugment", "erasing", "mixup", "cutmix", "drop_path", "layer_decay",
+        }  # fmt: skip
     elif not evaluate:
         yield "training without --linear-probe", {"layer"}
+    if flags.get("short_side") == 0:
+        yield "--short-side 0", {"long_side"}
     if flags.get("target", "tokens") != "tokens":
         yield f"--target {args.target}", {"tokenizer", "token_size"}
     if flags.get("quantizer") == "vq":

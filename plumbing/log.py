@@ -131,6 +131,11 @@ def duration(seconds):
     return f"{hours // 24} d {hours % 24} h"
 
 
+def means(records):
+    """{name: mean} of records with the same names, such as those of accumulation passes."""
+    return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
+
+
 def to_json(record):
     """A record as JSON, which has no NaN and no infinity: null in their place."""
     finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None

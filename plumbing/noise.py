@@ -41,7 +41,8 @@ def sample_noise(distribution, shape, count, seed, step, part, device):
     The global batch is cut into parts of `count` samples, and these are the samples of part number
     `part`. Each sample's noise depends only on (seed, step, its place in the global batch). So
     neither the split into processes and accumulation passes nor --resume changes it, nor the kind
-    of device: uniform noise has the same bits everywhere, exponential noise differs as log does.
+    of device: uniform noise has the same bits everywhere; of exponential noise the last bits may
+    differ, because log's do.
     """
     n = math.prod(shape)
     keys = [seed_for(seed, step, place) | 1 for place in range(part * count, (part + 1) * count)]

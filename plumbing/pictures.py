@@ -148,15 +148,21 @@ def svg_lines(series, x_axis, y_axis):
     return parts
 
 
-def svg_legend(names, colours, x, y):
-    """A row of colour samples and names that starts at (x, y): a list of SVG elements."""
-    parts = []
+def svg_legend(names, colours, left, right, y):
+    """Colour samples and names from (left, y), in as many lines as they need to end at `right`.
+
+    Returns (a list of SVG elements, y of the last line).
+    """
+    parts, x = [], left
     for name, colour in zip(names, colours):
+        width = 21 + CHARACTER * len(name)
+        if x > left and x + width > right:
+            x, y = left, y + 15
         line = f'x1="{x:.1f}" y1="{y - 4:.1f}" x2="{x + 16:.1f}" y2="{y - 4:.1f}"'
         parts.append(f'<line {line} stroke="{colour}" stroke-width="2.4"/>')
         parts.append(svg_text(x + 21, y, name, fill=TEXT))
-        x += 21 + CHARACTER * len(name) + 18
-    return parts
+        x += width + 18
+    return parts, y
 
 
 def svg_curve(points, title, x_label, y_label, width=640, height=280):
@@ -181,14 +187,17 @@ def svg_curve(points, title, x_label, y_label, width=640, height=280):
     left = 34 + CHARACTER * max(len(text) for text in y_ticks[1])  # room for label and tick values
     right = width - 16 - 1.1 * CHARACTER * last  # room for the last values
     x_axis = Axis(x_low, x_high, left, right)
-    y_axis = Axis(y_low, y_high, height - 46, 56 if len(series) > 1 else 38)
+    legend, below = [], 23  # y of the last line of text above the plot
+    if len(series) > 1:
+        legend, below = svg_legend(series, colours, left, width - 8, 41)
+    y_axis = Axis(y_low, y_high, height - 46, below + 15)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" font-size="11">',
         f"<title>{html.escape(title)}</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         svg_text(left, 21, title, fill=TEXT, more='font-size="13" font-weight="600"'),
-        *(svg_legend(series, colours, left, 41) if len(series) > 1 else ()),
+        *legend,
         *svg_axes(x_axis, y_axis, x_ticks, y_ticks, x_label, y_label),
         *svg_lines(lines, x_axis, y_axis),
         "</svg>\n",

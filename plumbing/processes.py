@@ -38,9 +38,9 @@ class Process:
 def setup(device, amp, compile_model=False):
     """Join torchrun's process group if there is one; return this Process.
 
-    device: auto, cpu or cuda; amp: auto, off, bf16 or fp16. gloo on CPUs, nccl on GPUs. From here
-    on float32 is float32. Raises ValueError for a device that this machine does not have, and if a
-    model is to be compiled for a CPU without a C++ compiler.
+    device: auto, cpu or cuda; amp: auto, off, bf16 or fp16. gloo on CPUs, nccl on GPUs. Turns
+    TF32 off. Raises ValueError for a device that this machine does not have, and if a model is to
+    be compiled for a CPU without a C++ compiler.
     """
     device = find_device(device)
     keep_freed_memory()  # with a GPU too: the loader's processes need it
@@ -184,7 +184,7 @@ def precision(amp, device):
 
 
 def rank_batch(batch_size, accumulate, world):
-    """Images per process and step, given the paper's global batch.
+    """Images per process and step, of the global batch --batch-size.
 
     Raises ValueError if the batch does not divide into processes and accumulation passes.
     """

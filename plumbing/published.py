@@ -275,7 +275,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.destination:
         outputs.check_new(args.destination)
-    found = load_pretrained(args.weights, "pretraining", "classification", "segmentation")
+    found = load_pretrained(args.weights, *entries.TRAINED)
     state = found["model"]
     print(f"{found['kind']}, {sum(value.numel() for value in state.values()):,} parameters")
     print("  ".join(f"{name} {value}" for name, value in found["config"].items()))

@@ -61,8 +61,9 @@ class Run:
     def steps(self, loader, evaluate, draw=None, warn=None):
         """Yield (step, batch); after each step log, save, stop and evaluate as the flags say.
 
-        evaluate: a function without arguments that returns {name: number}. draw(OUT) writes
-        pictures. warn(numbers) returns what is wrong with an evaluation, or None; said once.
+        evaluate: a function without arguments that returns {name: number}, for segmentation also a
+        dict `iou`. draw(OUT) writes pictures. warn(numbers) returns what is wrong with an
+        evaluation, or None; said once.
         """
         self.warn = warn
         if not self.args.benchmark:
@@ -116,22 +117,23 @@ class Run:
     def allows(self, step, norm, lr):
         """True unless the gradient's norm, a tensor, is not finite; see FiniteSteps.allow.
 
-        Here alone a step waits for its device.
+        This is the only place where a step waits for its device.
         """
         if self.signals is not None:
             self.signals = self.signals.item()
         return self.finite.allow(norm.item(), step, lr)
 
     def report(self, loss, **values):
-        """Set what to log of this step: the loss of this process, and other numbers."""
+        """Set what to log of this step: loss and other numbers; tensors are of this process."""
         self.latest = {"loss": loss, **values}
 
     def after(self, done, dataset, evaluate, draw):
         """Log, save, stop and evaluate after a step; `done`: steps so far."""
         args = self.args
         if done % args.log_every == 0 or done == self.total:
-            loss = processes.all_mean(self.latest["loss"])
-            values = {name: float(v) for name, v in (self.latest | {"loss": loss}).items()}
+            tensors = {k: v for k, v in self.latest.items() if torch.is_tensor(v)}
+            latest = self.latest | {k: processes.all_mean(v) for k, v in tensors.items()}
+            values = {name: float(value) for name, value in latest.items()}
             problems = dataset.problems() | self.finite.problems()
             self.log.step(done, args.batch_size, **values, **problems)
         self.save_or_stop(done)
@@ -193,8 +195,8 @@ def grid_text(config, image_size):
 def evaluate_only(args, process, held_out, measure, draw=None):
     """--eval: print the numbers of measure() and draw(OUT) the pictures, if there is an --out.
 
-    Raises ValueError, before anything is measured, if --out is not an empty folder, or is of no
-    use.
+    Raises ValueError, before anything is measured, if --out is not an empty folder, or given for a
+    classifier, which draws no pictures.
     """
     if args.out and not draw:
         raise ValueError(f"--eval draws no pictures of a classifier: leave out --out {args.out}")

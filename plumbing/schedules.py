@@ -5,7 +5,8 @@ import math
 
 def cosine(step, steps, start, end):
     """From `start` at step 0 to `end` at `steps`, along half a cosine; `end` after that."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
+    share = min(step / steps, 1) if steps > 0 else 1
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def ramp(step, steps, end):

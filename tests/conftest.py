@@ -1,11 +1,9 @@
 """What several test files need: a tiny data set, and every script run once on it."""
 
-import os
-
 import pytest
 import torch
 
-from experiments import short_runs
+from experiments import fuzz_bench, short_runs
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
@@ -39,17 +37,7 @@ def made(arrays, tmp_path_factory):
     return made
 
 
-class Hostile:
-    """Unpickling it makes a folder: what a checkpoint with code in it could do."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.fixture(scope="session")
 def hostile():
     """hostile(path): an object that makes the folder `path` when it is unpickled."""
-    return Hostile
+    return fuzz_bench.Hostile

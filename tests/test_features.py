@@ -15,7 +15,7 @@ from beit import Beit, BeitConfig, load_backbone
 from experiments import features
 from images import batches, sets
 from images.labelled import LabelledViews
-from plumbing import published, signals, weights
+from plumbing import entries, published, signals, weights
 
 FLAGS = ["--device", "cpu", "--amp", "off", "--batch-size", "5", "--workers", "0"]
 
@@ -55,7 +55,7 @@ def test_features_are_mean_patch_outputs(stage, made, arrays, tmp_path):
         # A published file does not tell the number of heads beside E_pos: one for each 64.
         path = tmp_path / "published.pth"
         weights.write(path, state)
-    given = published.load_pretrained(path, *features.KINDS)
+    given = published.load_pretrained(path, *entries.TRAINED)
     model = Beit(BeitConfig(**given["config"])).eval()
     load_backbone(model, given["model"])
     found = run(path, arrays, tmp_path / "F.npz", "--split", "val")
@@ -190,6 +190,9 @@ def test_table_of_every_layer(checkpoint, arrays, tmp_path, capsys):
     assert [float(value) for _, value, _ in printed] == pytest.approx(expected, abs=0.051)
     assert [bool(mark) for *_, mark in printed].index(True) == np.argmax(expected)
     assert "commonest class everywhere  25.0" in text and "by the 20 nearest of 32 images" in text
+    model, _, normalise = features.load_model(checkpoint, "auto")
+    parts = {split: sets.open_source(arrays, split) for split in ("train", "val")}
+    assert features.knn_accuracies(model, normalise, parts) == pytest.approx(expected)
 
 
 def test_without_labels_there_are_features_only(checkpoint, arrays, tmp_path, capsys):

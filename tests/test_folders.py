@@ -332,7 +332,7 @@ def test_evaluation_is_spread_over_the_set():
 
 
 def test_pictures_of_images_of_different_sizes(pillow, tmp_path):
-    """Top left crops of --image-size, from all of the set."""
+    """Centre crops of --image-size, from all of the set."""
     shapes = [(20 + i, 30 - i) for i in range(8)]
     for part in ("images/validation", "annotations/validation"):
         arrays = {f"{i}.png": np.full(shape, i, np.uint8) for i, shape in enumerate(shapes)}

@@ -105,7 +105,7 @@ def test_damage_is_refused_in_one_line_or_harmless(kind, bench):
     assert not found, "\n".join(map(ascii, found))
 
 
-def test_findings_are_found(bench, hostile):
+def test_findings_are_found(bench):
     """What the judge must see: each wrong ending of a command, and a harmless one."""
     case = fuzz_bench.Case("cls", [], "", fuzz_bench.REFUSE, "new")
     marks = {"ran": "code ran", "started": "program started", "good/tiny.npz": "file changed"}

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_schedules():
     tau = [schedules.cosine(s, 150_000, 1, 1 / 16) for s in (0, 150_000, 200_000)]
     assert tau == [1, 1 / 16, 1 / 16]
     assert [schedules.ramp(s, 5000, 6.6) for s in (0, 2500, 9000)] == [0, 3.3, 6.6]
-    assert schedules.ramp(0, 0, 2.0) == 2.0
+    assert schedules.ramp(0, 0, 2.0) == schedules.cosine(0, 0, 1.0, 2.0) == 2.0
 
 
 def test_noise_is_a_function_of_the_place_in_the_global_batch():
@@ -303,6 +304,15 @@ def test_loss_curve_has_labelled_axes_and_values(tmp_path):
     assert {"step", "loss", "training", "held out", "2.25", "2.75"} <= texts
     lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
     assert [len(line.get("points").split()) for line in lines] == [2, 1]
+
+
+def test_a_long_legend_takes_several_lines():
+    """Four names of 20 letters in 300 pixels: none ends beyond them, and the last line is below."""
+    parts, last = pictures.svg_legend(["a" * 20] * 4, ["#000000"] * 4, 40, 300, 41)
+    texts = [re.search(r'<text x="([\d.]+)" y="([\d.]+)"', part) for part in parts]
+    places = [tuple(map(float, found.groups())) for found in texts if found]
+    assert len(set(places)) == 4 and max(y for _, y in places) == last > 41
+    assert all(x + 20 * pictures.CHARACTER <= 300 for x, _ in places)
 
 
 # -------------------------------------------------------- clock

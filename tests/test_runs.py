@@ -89,7 +89,7 @@ def test_two_processes_equal_one(stage, arrays, made, tmp_path):
     done = short_runs.torchrun(script, *flags, "--out", str(two), "--accumulate", "2")
     assert done.returncode == 0, done.stderr
     for a, b in zip(log.read_metrics(one), log.read_metrics(two), strict=True):
-        for name in {"loss", "gradient_norm"} & a.keys():
+        for name in {"loss", "gradient_norm", "kl", "reconstruction"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     one, two = short_runs.weights(one), short_runs.weights(two)
     assert max((one[name] - two[name]).abs().mean() for name in one) < 1e-6
