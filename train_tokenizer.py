@@ -24,7 +24,7 @@ from plumbing import processes, schedules
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, range, help). base, large: see docs/fidelity.md.
+    # name: (demo, fashion, photos, base, large, range, help). base, large: mostly DALL-E's.
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 256, 256, "[1, 65536]", "pixels; a trained model takes others too"),
     "min_crop": (1.0, 1.0, 0.4, 0.4, 0.4, "(0, 1]", "least share of area in a crop; 1: a square"),

@@ -193,7 +193,7 @@ def average_precision(scores, relevant):
 
 
 def expected_precision(relevant, n):
-    """The mean average precision of all orders of n items, of which `relevant` (a tensor) are.
+    """The mean average precision of all orders of n items. relevant: how many are, a tensor.
 
     An item in place k is relevant with probability relevant / n, and each of the k - 1 before it
     then with (relevant - 1) / (n - 1). Above relevant / n, because the item itself counts.

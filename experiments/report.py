@@ -252,7 +252,8 @@ def draw_attention(out, stages, data_dir, path):
         for name, stage in stages.items()
         if stage["command"].startswith("pretrain.py") and (out / name / "checkpoint.pt").exists()
     ]
-    trained.sort(key=lambda name: base_name(name) != "beit-0")  # first the summary's
+    names = {name: base_name(name) for name in trained}  # first the summary's, then other BEiTs
+    trained.sort(key=lambda name: (names[name] != "beit-0", not names[name].startswith("beit")))
     if not trained:
         return
     data = flags_of(stages[trained[0]]["command"])["data"]
