@@ -536,9 +536,10 @@ def tokenizers(runner):
         codes = f"{tokenizer['codebook_used']}, {tokenizer['codebook_perplexity']:.0f}"
         right = [f"{100 * beit[name]:.1f}" for name in ("mim_accuracy", "commonest_token")]
         miou = [run_cell(seg[row])] if seg else []
-        rows.append([row, mse, codes, *right, run_cell(cls[row]), *miou])
+        rows.append([row, mse, codes, *right, run_cell(cls[row]), knn(runner, beit), *miou])
     columns = ["", "token MSE", "codes used, perplexity", "masked tokens right, %", "commonest, %"]
-    columns += [f"top-1, {s['labels'][0]} labels per class"] + ["mIoU, scenes"] * bool(seg)
+    columns += [f"top-1, {s['labels'][0]} labels per class", "k-NN"]
+    columns += ["mIoU, scenes"] * bool(seg)
     title = f"Other tokenizers, {epochs[1]:g} epochs of pre-training"
     return {"title": title, "columns": columns, "rows": rows}
 

@@ -30,12 +30,13 @@ from experiments.machine import machine
 from images import sets, sources
 from plumbing import checkpoints, command_line, log, signals
 
-# seconds of a stage on two CPU cores, for scripts without any recorded stage
-SECONDS = {
-    "train_tokenizer.py": 60.0,
-    "pretrain.py": 200.0,
-    "finetune_cls.py": 25.0,
-    "finetune_seg.py": 15.0,
+# of each script the summary's stage that stands for those without a record, and the seconds on two
+# CPU cores if there is no record of that either
+LIKE = {
+    "train_tokenizer.py": ("tokenizer", 60.0),
+    "pretrain.py": ("beit-0", 200.0),
+    "finetune_cls.py": ("cls100-beit-0-0", 25.0),
+    "finetune_seg.py": ("seg-beit-0-0", 15.0),
 }
 DRAWN = "shapes"  # the data set that no file holds
 TRUSTED = 0.1  # share of a running stage's steps from which its speed counts in the estimate
@@ -47,12 +48,20 @@ def base_name(name):
 
 
 def recorded_seconds(recipe):
-    """{stage's name without digest: seconds} from docs/results/RECIPE.json; empty without it."""
+    """{stage's name without digest: seconds} from docs/results/RECIPE.json; empty without it.
+
+    Only of stages that ran in one go on the machine of the last tables, not on a faster one.
+    """
     path = HERE / "docs" / "results" / f"{recipe}.json"
     if not path.exists():
         return {}
-    stages = json.loads(path.read_text())["stages"]
-    return {base_name(name): stage["seconds"] for name, stage in stages.items()}
+    saved = json.loads(path.read_text())
+    usual = {
+        name: stage
+        for name, stage in saved["stages"].items()
+        if not stage["resumed"] and stage.get("machine", saved["machine"]) == saved["machine"]
+    }
+    return {base_name(name): stage["seconds"] for name, stage in usual.items()}
 
 
 def last_step(path, start=0):
@@ -199,7 +208,9 @@ class Progress:
             return stage.recorded
         same = [s for s in self.stages if s.script == stage.script and s.recorded]
         rates = self.rates[stage.script] + [s.recorded / s.length for s in same]
-        return stage.length * (statistics.mean(rates) if rates else SECONDS[stage.script])
+        like, seconds = LIKE[stage.script]
+        rate = statistics.mean(rates) if rates else self.recorded.get(like, seconds)
+        return stage.length * rate
 
     def expected(self, name):
         """Seconds that the stage of this name is expected to take; 0 if it is not in the plan."""

@@ -369,7 +369,7 @@ def test_masks_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     assert [row[0] for row in table["rows"]] == list(paper.MASKS)
 
 
-@pytest.mark.parametrize("flags", [["--masks"], ["--table", "4"], []])
+@pytest.mark.parametrize("flags", [["--masks"], ["--tokenizers"], ["--table", "4"], []])
 def test_reproduce_ends_with_its_tables(flags, no_processes, tmp_path, monkeypatch, capsys):
     """Photographs without masks in a new folder: printed and saved, with or without claims."""
     monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
@@ -410,8 +410,9 @@ def test_commonest_class_everywhere(tmp_path):
     assert baselines.commonest_class(runner) == pytest.approx(100 * 40 / 64 / 3)
 
 
-def test_tokenizers_plan_what_they_run(no_processes, tmp_path):
+def test_tokenizers_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     """A tokenizer, a pre-training run and two classifiers for each of four rows; photos only."""
+    monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
     runner, total = planned(tmp_path, "photos", 2, [paper.tokenizers])
     table = paper.tokenizers(runner)
     assert runner.progress.counts() == (total, total) == (16, 16)
@@ -446,6 +447,29 @@ def test_estimate_of_a_stage_without_a_record_follows_its_epochs(no_processes, t
     runner = stages.Runner(tmp_path, "fashion", settings)
     runner.plan([lambda runner: [runner.stage(*call) for call in (short, long)]])
     assert runner.progress.seconds_left() == pytest.approx(80)
+
+
+def test_estimate_of_stages_without_any_record(tmp_path):
+    """A quarter of the recipe's 400 recorded seconds of pre-training; 25 for a classifier."""
+    progress = stages.Progress({"beit-0": 400.0}, jobs=1)
+    progress.add("other-00000000", "pretrain.py", tmp_path / "a.log", False, length=1 / 4)
+    progress.add("another-00000000", "finetune_cls.py", tmp_path / "b.log", False)
+    assert progress.seconds_left() == pytest.approx(125)
+
+
+def test_records_of_other_machines_and_of_resumed_stages_say_nothing(tmp_path, monkeypatch):
+    """One recipe's file with a plain, a resumed and a GPU's stage; none for another recipe."""
+    times = {
+        "a-00000000": {"seconds": 9.0, "resumed": False},
+        "b-00000000": {"seconds": 9.0, "resumed": True},
+        "c-00000000": {"seconds": 9.0, "resumed": False, "machine": "GPU"},
+    }
+    path = tmp_path / "docs" / "results" / "demo.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"machine": "CPU", "stages": times}))
+    monkeypatch.setattr(stages, "HERE", tmp_path)
+    assert stages.recorded_seconds("demo") == {"a": 9.0}
+    assert stages.recorded_seconds("base") == {}
 
 
 # -------------------------------------------------------- claims and the report
