@@ -30,8 +30,8 @@ from experiments.machine import machine
 from images import sets, sources
 from plumbing import checkpoints, command_line, log, signals
 
-# of each script the summary's stage that stands for those without a record, and the seconds on two
-# CPU cores if there is no record of that either
+# script: the summary's stage whose record stands for stages without one, and the seconds on two CPU
+# cores if that has none either
 LIKE = {
     "train_tokenizer.py": ("tokenizer", 60.0),
     "pretrain.py": ("beit-0", 200.0),
