@@ -65,8 +65,8 @@ def map_pixels(x):
 
 
 def unmap_pixels(x):
-    """Inverse of map_pixels, clipped to [0, 1]."""
-    return ((x - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+    """Inverse of map_pixels."""
+    return (x - EPSILON) / (1 - 2 * EPSILON)
 
 
 def logit_laplace_nll(x, mu, ln_b):
@@ -113,11 +113,10 @@ class ResidualBlock(nn.Module):
 
 def residual_groups(widths, kernels, blocks, resize):
     """The groups between a network's first and last convolution, `resize` between two groups."""
-    groups = OrderedDict()
+    groups, layers = OrderedDict(), (len(widths) - 1) * blocks
     for g, (n_in, n_out) in enumerate(zip(widths, widths[1:]), start=1):
         parts = OrderedDict()
         for b in range(1, blocks + 1):
-            layers = (len(widths) - 1) * blocks
             parts[f"block_{b}"] = ResidualBlock(n_in if b == 1 else n_out, n_out, kernels, layers)
         if g < len(widths) - 1:
             parts["resize"] = resize
@@ -191,7 +190,7 @@ def gumbel_softmax(logits, tau, e):
     g = -log(e), with e ~ Exp(1) of the logits' shape, is Gumbel noise: argmax(logits + g) is an
     exact sample, and the softmax tends to its one-hot vector as tau falls to 0.
     """
-    return torch.softmax((logits - e.clamp_min(1e-30).log()) / tau, dim=-1)
+    return torch.softmax((logits - e.log()) / tau, dim=-1)
 
 
 def kl_to_uniform(logits):
@@ -244,16 +243,12 @@ class DVAE(nn.Module):
     def decode(self, z):
         """Reconstruction from hard tokens: int64 (B, h, w) -> images (B, 3, H, W) in [0, 1]."""
         mu, _ = self.decode_parameters(z)
-        return unmap_pixels(torch.sigmoid(mu))
-
-    def mean(self, mu):
-        """Predicted pixels before clipping: the inverse of map_pixels on sigmoid(mu)."""
-        return (torch.sigmoid(mu) - EPSILON) / (1 - 2 * EPSILON)
+        return unmap_pixels(torch.sigmoid(mu)).clamp(0, 1)
 
     def negative_log_likelihood(self, x, mu, ln_b):
         """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,). p_psi is a density."""
         if self.config.likelihood == "mse":  # a Gaussian around the predicted pixels
-            squared = (x - self.mean(mu)).pow(2)
+            squared = (x - unmap_pixels(torch.sigmoid(mu))).pow(2)
             variance = self.pixel_variance
             nll = squared / (2 * variance) + (2 * math.pi * variance).log() / 2
         else:  # change of variables from map_pixels(x) back to x
@@ -263,7 +258,7 @@ class DVAE(nn.Module):
     def reconstruction(self, x, codes):
         """(loss of decoding the relaxed codes per pixel value, squared error per pixel value)."""
         mu, ln_b = self.decode_codes(codes)
-        squared_error = (x - self.mean(mu)).pow(2).mean()
+        squared_error = (x - unmap_pixels(torch.sigmoid(mu))).pow(2).mean()
         if self.config.likelihood == "mse":
             return squared_error, squared_error
         nll = self.negative_log_likelihood(x, mu, ln_b).mean() / x[0].numel()

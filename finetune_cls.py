@@ -27,7 +27,7 @@ from plumbing import command_line, memory, noise, processes, published, schedule
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's.
+    # name: (demo, fashion, photos, base, large, range, help). base, large: the paper's or released.
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels; default: those of --init"),
     "labels_per_class": (100, 100, 100, 0, 0, "[0, 1e9]", "images per class, by the seed; 0: all"),
@@ -115,7 +115,8 @@ def prepare(args):
         known = len(init["model"].get("head.weight", ()))
         same = init.get("classes") in (classes, None) and known == len(classes)
         keep = ("fc_norm.", "head.") if same else ("fc_norm.",)
-        load_backbone(model, init["model"], keep if init["kind"] == KIND else ())
+        of_layer = init["kind"] == KIND and init.get("layer") == args.layer
+        load_backbone(model, init["model"], keep if of_layer else ())
     if args.linear_probe:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))

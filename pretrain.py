@@ -54,7 +54,7 @@ RECIPES = {
     "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),
     # masking and targets; table 4 has other values
     "masking": (*("blockwise",) * 5, "blockwise|printed|random|none", "printed: as in Algorithm 1"),
-    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share of patches to mask"),
+    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share to mask (printed: least)"),
     "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block (blockwise, printed), in patches"),
     "target": (*("tokens",) * 5, "tokens|pixels|normalised-pixels", "z, or the patch's own pixels"),
     "recover": (*("masked",) * 5, "masked|all", "predict tokens at masked positions, or at all"),
@@ -257,12 +257,13 @@ def build(args, tokenizer, predicts):
     """The model of the recipe, with the weights of --init if there are any.
 
     predicts: what its head predicts, a digest of the tokenizer or the name of the pixel target.
-    Raises ValueError unless there is one token per patch, or if it does not fit the memory.
+    Sets args.normalise. Raises ValueError if sizes, memory or head do not suffice.
     """
     init, changes = None, {"image_size": args.image_size, "drop_path": args.drop_path}
     if args.init:
         path, kinds = checkpoints.start_of(args), (KIND, "classification", "segmentation")
-        init = published.load_pretrained(path, *kinds, normalise=args.normalise)
+        init = published.load_pretrained(path, *kinds, normalise=args.normalise or "auto")
+        args.normalise = init["normalise"]
         published.note_size(init, args.image_size)
         config = replace(BeitConfig(**init["config"]), **changes)
     else:
@@ -280,6 +281,8 @@ def build(args, tokenizer, predicts):
     model = BeitForMaskedImageModeling(config, n_out)
     if init:
         keep = kept_parts(args, init, model, predicts)
+        if args.eval and "lm_head." not in keep:
+            raise ValueError(f"--eval: {args.init} has no head for these tokens or pixels")
         load_backbone(model, init["model"], keep)
         names = {"mask_token": "e_[M]", "lm_head.": "head"}
         kept = ", ".join(["backbone", *(names[part] for part in keep)])
@@ -295,8 +298,7 @@ def kept_parts(args, init, model, predicts):
     """
     state, ours = init["model"], "arguments" in init
     same = init.get("predicts") == predicts if ours else str(args.tokenizer).startswith("dalle:")
-    same = same and "lm_head.weight" in state
-    same = same and state["lm_head.weight"].shape == model.lm_head.weight.shape
+    same = same and state.get("lm_head.weight", torch.empty(0)).shape == model.lm_head.weight.shape
     return ["mask_token"] * ("mask_token" in state) + ["lm_head."] * same
 
 

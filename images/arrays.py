@@ -82,7 +82,7 @@ class Member:
             header = Header(shape, dtype, "F" if fortran else "C", start.tell())
         if dtype.hasobject:
             raise ValueError(f"{self} holds Python objects, which could run code")
-        counts = all(type(n) is int and n >= 0 for n in shape)  # a bool is no number
+        counts = all(type(n) is int and n >= 0 for n in shape)  # a bool is not a number
         if not counts or header.end + header.nbytes() != size:
             raise ValueError(
                 f"{self} is not a whole array file: its header says {sources.type_of(header)}, and "
@@ -157,7 +157,7 @@ def check_list(name, header, limit):
 
 
 def names_in(member, array):
-    """A list of class names as strings. Raises ValueError if one is no text."""
+    """A list of class names as strings. Raises ValueError if one is not a text."""
     with whole(member):  # numpy takes any four bytes for a character
         values = array.tolist()
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in values]

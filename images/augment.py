@@ -238,7 +238,7 @@ def posterise(image, bits):
 
 def solarise(image, threshold):
     """Invert the values from the threshold on."""
-    return torch.where(image.int() < threshold, image, 255 - image)  # 256 is no uint8
+    return torch.where(image.int() < threshold, image, 255 - image)  # 256 is not a uint8
 
 
 def solarise_add(image, amount):

@@ -5,7 +5,7 @@ import signal
 import threading
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from images import sources
 from plumbing import signals
@@ -40,8 +40,7 @@ class StepBatches(Sampler):
     def __init__(self, size, batch, rank, world, seed, first, last):
         self.steps_per_epoch = steps_per_epoch(size, batch * world)
         self.batch, self.start, self.stride = batch, batch * rank, batch * world
-        self.first, self.last = first, last
-        self.sampler = DistributedSampler(range(size), num_replicas=1, rank=0, seed=seed)
+        self.size, self.seed, self.first, self.last = size, seed, first, last
 
     def __len__(self):
         return self.last - self.first
@@ -50,8 +49,8 @@ class StepBatches(Sampler):
         step = self.first
         while step < self.last:
             epoch, within = divmod(step, self.steps_per_epoch)
-            self.sampler.set_epoch(epoch)
-            order = list(self.sampler)
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
             for b in range(within, min(self.steps_per_epoch, within + self.last - step)):
                 start = b * self.stride + self.start
                 yield [(epoch, index) for index in order[start : start + self.batch]]
@@ -116,7 +115,7 @@ class Loader(DataLoader):
     """A DataLoader that raises ValueError in its loop if one of its processes was killed.
 
     torch's handler of SIGCHLD raises RuntimeError wherever the program is, even in a save, so it
-    is removed. Without it, the loop notices within five seconds: torch looks after its processes,
+    is removed. Without it, the loop notices within five seconds: torch checks on its processes,
     or the pixels cannot be fetched from the one that was killed.
     """
 

@@ -51,9 +51,12 @@ def fetch(name, url, folders, check):
                     f"cannot download {url} ({error}): download it yourself and name its folder "
                     "with --data-dir"
                 ) from error
-            except ValueError:
+            except ValueError as error:
                 partial.unlink(missing_ok=True)
-                raise
+                raise ValueError(
+                    f"{url} gave another file than the published one (its checksum differs): start "
+                    "again, or name a folder that has it with --data-dir"
+                ) from error
             os.replace(partial, target)
     return target
 

@@ -48,7 +48,7 @@ def image_files(folder):
 
 
 def listed_images(folder):
-    """The image files below a folder, sorted. What else is there is said.
+    """The image files below a folder, sorted. Prints what else is there.
 
     Raises ValueError if nothing is left.
     """
@@ -175,7 +175,7 @@ def check_class_folders(pool):
         if path.is_dir():
             classes.append(path)
         elif path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            return  # an image beside them: these are no classes
+            return  # an image beside them: these are not classes
     for folder in classes:
         if not folder.name.startswith(".") and next(image_files(folder), None) is None:
             raise ValueError(f"{folder}: the class folder is empty; fill or remove it")

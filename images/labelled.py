@@ -63,8 +63,8 @@ def mix(x, targets, mixup, cutmix, rng):
 
     lambda ~ Beta(alpha, alpha), one for the step, is the image's own share: of every pixel (mixup),
     or of the area, outside a pasted box (cutmix; recomputed after the box is cut at the border).
-    Neighbours are 0 and 1, 2 and 3, ...; with an odd number of images in each
-    process, the pairs differ from those of one process.
+    Neighbours are 0 and 1, 2 and 3, ...; with an odd number of images in each process, the pairs
+    differ from those of one process.
     """
     if not mixup and not cutmix:
         return x, targets

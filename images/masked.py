@@ -35,7 +35,9 @@ class MaskedImages(views.Samples):
 
     def mask_name(self, index):
         """What a message calls the mask at `index`."""
-        return f"{self.source.name}, mask {index}" if self.one_size else self.source.masks[index]
+        if not self.one_size:
+            return self.source.masks[index]
+        return f"{self.source.name}, mask {self.source.numbers[index]}"
 
     def check_mask(self, mask, name):
         """Raise Unreadable naming the mask if a value is neither a class nor IGNORE."""
@@ -49,7 +51,7 @@ class MaskedImages(views.Samples):
     def read_pair(self, indices):
         """The image (1, H, W, 3) and mask (1, H, W) at the one index, both uint8.
 
-        Raises Unreadable naming the mask if their sizes differ or a value is no class.
+        Raises Unreadable naming the mask if their sizes differ or a value is not a class.
         """
         image, mask = self.source.read(indices), self.source.read_masks(indices)
         (index,) = indices

@@ -54,7 +54,7 @@ def readable(path):
 
 
 def orientation(image):
-    """How a Pillow image lies, as EXIF counts: 1 (upright, also without EXIF data) to 8."""
+    """The EXIF orientation of a Pillow image: 1 (upright, also without EXIF data) to 8."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF data in an image that can be read
@@ -157,7 +157,7 @@ def resize_part(images, box, size, kernel):
     from PIL import Image
 
     top, left, bottom, right = box[0], box[1], box[0] + box[2], box[1] + box[3]
-    y, x = int(top), int(left)  # what lies outside the box should not shine in
+    y, x = int(top), int(left)  # what lies outside the box must not bleed in
     images = images[..., y : math.ceil(bottom), x : math.ceil(right)].permute(0, 2, 3, 1)
     part = left - x, top - y, min(right - x, images.shape[2]), min(bottom - y, images.shape[1])
     resized = [

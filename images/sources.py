@@ -32,6 +32,7 @@ class Arrays:
     def __init__(self, name, images, labels=None, masks=None, classes=None, mask_classes=None):
         check_types(name, images, labels, masks)
         self.name, self.images, self.masks = name, images, masks
+        self.numbers = np.arange(len(images))  # in the whole set; see subset
         self.labels = None if labels is None else checked_labels(name, labels)
         self.classes = class_names(classes, self.labels)
         self.mask_classes = mask_names(mask_classes, masks)
@@ -106,7 +107,7 @@ def class_names(names, labels):
 
 
 def mask_names(names, masks):
-    """The same for the classes of masks, in which IGNORE is no class."""
+    """The same for the classes of masks, in which IGNORE is not a class."""
     if names is None and masks is not None:  # in parts: masks may be a file larger than the memory
         parts = np.array_split(masks, math.ceil(len(masks) / 1024))
         names = range(max(p.max(where=p != IGNORE, initial=0) for p in parts) + 1)
@@ -212,9 +213,8 @@ def check_names(held_out, trained, source):
     """
     if held_out != trained[: len(held_out)]:
         wrong = next(name for c, name in enumerate(held_out) if trained[c : c + 1] != [name])
-        raise ValueError(
-            f"{source.name}: class {wrong!r} has another number than in the training set"
-        )
+        why = "has another number than" if wrong in trained else "is not"
+        raise ValueError(f"{source.name}: class {wrong!r} {why} in the training set")
 
 
 def balanced_subset(source, per_class, seed):
@@ -249,7 +249,7 @@ def random_subset(source, count, seed):
 def subset(source, indices):
     """A copy of the source with only the images at `indices`."""
     smaller = copy.copy(source)
-    for name in ("images", "paths", "labels", "masks"):
+    for name in ("images", "paths", "labels", "masks", "numbers"):
         values = getattr(source, name, None)
         if values is not None:
             is_array = isinstance(values, np.ndarray)

@@ -1,7 +1,7 @@
 """Views of images (section 2.5): one random crop, flip and colour jitter, resized once per view.
 
 In pre-training the patches and the tokenizer see the same crop at two sizes (224 and 112 pixels in
-the paper), so position i of both grids shows the same part of the image.
+the released code), so position i of both grids shows the same part of the image.
 """
 
 import functools
@@ -41,8 +41,8 @@ def centre_view(images, size, kernel, share=1.0, reduced=None):
     """The evaluation view, as torchvision makes it: uint8 (B, 3, H, W) -> (B, 3, size, size).
 
     The short side is resized to size / share pixels, then the centred square is cut out; nothing
-    is squashed. share: 224/256 in the paper's recipe below 384 pixels. reduced: (height,
-    width, scale), the whole image's size and by how much `images` are reduced, see photos.Photo.
+    is squashed. share: 224/256 below 384 pixels, as released. reduced: (height, width, scale), the
+    whole image's size and by how much `images` are reduced, see photos.Photo.
     """
     height, width = images.shape[-2:]
     scale = 1
@@ -86,7 +86,7 @@ class Samples(Dataset):
 
     def __init__(self, source, train, seed):
         self.source, self.train, self.seed = source, train, seed
-        self.one_size = True  # can its samples be stacked to a batch in evaluation?
+        self.one_size = True  # can its samples be stacked into a batch in evaluation?
         self.skipped = torch.zeros(
             1, dtype=torch.int64
         ).share_memory_()  # shared with the loader's processes

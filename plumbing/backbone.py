@@ -24,9 +24,9 @@ def block_count(state, prefix):
 def inferred_config(state):
     """Infer the fields of BeitConfig, as a dict, from a state dict under the released names.
 
-    A relative table has one column per head. With E_pos the tensors do not tell the number of
-    heads; it follows from a width of 64 per head, as in every published model. Nor do they tell
-    LayerScale's initial value: any number above 0 says that the model has LayerScale.
+    A relative table has one column per head. With E_pos the tensors do not determine the number of
+    heads; it follows from a width of 64 per head, as in every published model. Nor do they
+    determine LayerScale's initial value: any number above 0 says that the model has LayerScale.
     Raises ValueError if these are not the weights of a BEiT.
     """
     not_beit = "these are not the weights of a BEiT"
@@ -69,22 +69,23 @@ def inferred_config(state):
 def check(path, found):
     """Check a file's configuration and backbone against each other, before a model is made.
 
-    found: see load_pretrained. The tensors tell every field of the configuration but the initial
-    value of LayerScale, stochastic depth and, with E_pos, the heads, so a file cannot claim a
-    model larger than itself. Raises ValueError naming the field, or the tensor that does not fit.
+    found: see load_pretrained. The tensors determine every field of the configuration except the
+    initial value of LayerScale, stochastic depth and, with E_pos, the heads, so a file cannot claim
+    a model larger than itself. Raises ValueError naming the field, or the tensor that does not fit.
     """
-    config, state, told = found["config"], found["model"], inferred_config(found["model"])
-    entries.check_config(path, config, {name: type(value) for name, value in told.items()})
-    free = {"drop_path", "mlp_ratio"} | ({"heads"} if told["positions"] == "absolute" else set())
-    told["layer_scale"] = config["layer_scale"] if told["layer_scale"] else 0.0
-    for name, value in told.items():
+    config, state, inferred = found["config"], found["model"], inferred_config(found["model"])
+    entries.check_config(path, config, {name: type(value) for name, value in inferred.items()})
+    free = {"drop_path", "mlp_ratio"}
+    free |= {"heads"} if inferred["positions"] == "absolute" else set()
+    inferred["layer_scale"] = config["layer_scale"] if inferred["layer_scale"] else 0.0
+    for name, value in inferred.items():
         if name not in free and config[name] != value:
             wrong = f"{name} is {entries.shown(config[name])}, but {value} by its tensors"
             raise ValueError(f"{path}: config: {wrong}")
     if config["drop_path"] >= 1 or config["dim"] % config["heads"]:
         raise ValueError(f"{path}: config: drop_path or heads are out of range")
     grid = config["image_size"] // config["patch_size"]
-    if grid > LARGEST_GRID and told["positions"] != "absolute":
+    if grid > LARGEST_GRID and inferred["positions"] != "absolute":
         raise ValueError(f"{path}: relative positions of {grid} x {grid} patches are too many")
     backbone = {
         name: value for name, value in state.items()
@@ -139,7 +140,7 @@ def head_shapes(found):
     shapes = {"mask_token": (1, 1, D)}
     shapes |= {f"{n}.{part}": (D,) for n in ("norm", "fc_norm") for part in ("weight", "bias")}
     for name in ("lm_head", "head"):
-        count = max(1, *state[f"{name}.weight"].shape[:1]) if f"{name}.weight" in state else 1
+        count = max([1, *state[f"{name}.weight"].shape[:1]]) if f"{name}.weight" in state else 1
         shapes |= {f"{name}.weight": (count, D), f"{name}.bias": (count,)}
     if found["kind"] == "segmentation":
         width, stages = found["decoder_dim"], config["patch_size"].bit_length() - 1

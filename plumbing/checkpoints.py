@@ -62,7 +62,7 @@ def open_output(args):
 def in_first(work):
     """The value of work() in the first process, or its error as a ValueError, in all processes."""
     message, value = None, None
-    if is_first():
+    if log.is_first():
         try:
             value = work()
         except (ValueError, OSError) as error:
@@ -71,11 +71,6 @@ def in_first(work):
     if message:
         raise ValueError(message)
     return value
-
-
-def is_first():
-    """Is this the first of torchrun's processes, or the only one?"""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def claim_output(args):
@@ -253,7 +248,7 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
             f"--resume: {path} is of step {state['step']} on this node, and of {first} on that of "
             "process 0: copy its file, or share --out between the nodes"
         )
-    if damage and is_first():
+    if damage and log.is_first():
         print(f"{damage}: continuing from {path.name}, step {state['step']}", file=sys.stderr)
     moved = {flag for flag, entry in BY_CONTENT.items() if entry in state and entry in extra}
     for name, value in vars(args).items():
@@ -364,7 +359,7 @@ def arguments(out, parser):
     saved = next((saved for saved in found if saved), None)
     for action in parser._actions if saved else ():
         if action.required and saved.get(action.dest) is None and saved.keys() <= flags_of(parser):
-            raise ValueError(f"--resume: the checkpoint in {out} has no value of --{action.dest}")
+            raise ValueError(f"--resume: the checkpoint in {out} has no value for --{action.dest}")
     return saved
 
 

@@ -120,7 +120,8 @@ class Clock:
                 self.begin("data")
                 self.record = collections.defaultdict(float)
                 if (batch := next(source, None)) is None:
-                    raise ValueError(f"--benchmark {self.steps} is more than the run's steps")
+                    least = 1 + ahead + self.steps
+                    raise ValueError(f"--benchmark {self.steps} needs a run of {least} steps")
                 yield batch
                 self.begin("data")
                 self.seconds[phase].append(self.record)

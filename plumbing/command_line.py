@@ -87,7 +87,7 @@ def recipe_parser(description, recipes):
     )  # fmt: skip
     for name, (*values, span, help_text) in recipes.items():
         kinds = {type(v) for v in values if v is not None}
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         shown = f"{help_text} [{', '.join(str(v) for v in values)}]".replace("%", "%%")
         if kinds == {bool}:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=shown)
@@ -192,7 +192,7 @@ def ignored(args, size_of_init):
         }  # fmt: skip
     if flags.get("linear_probe"):
         yield "--linear-probe", {
-            "randaugment", "erasing", "mixup", "cutmix", "drop_path", "layer_decay",
+            "randaugment", "erasing", "mixup", "cutmix", "drop_path", "layer_decay", "recompute",
         }  # fmt: skip
     elif not evaluate:
         yield "training without --linear-probe", {"layer"}
@@ -208,7 +208,8 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     """Parse the command line and fill in the recipe's column. Exits with status 2 on bad input.
 
     With --resume, flags that are not given are those of the run in --out. size_of_init: recipes
-    whose image size is that of --init unless it is given; for weights without arguments it is None.
+    whose image size is that of --init unless it is given; for weights without arguments it is None,
+    as is a normalise that is to be that of --init.
     """
     remember_flags(parser, argv, size_of_init or COLUMNS)
     args = parser.parse_args(argv)
@@ -221,6 +222,8 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
         if getattr(args, name) is None:
             if name == "image_size" and args.recipe in size_of_init and args.init != "random":
                 continue  # weights without arguments: their configuration has it
+            if name == "normalise" and getattr(args, "init", None) not in (None, "random"):
+                continue  # that of the weights
             setattr(args, name, row[COLUMNS.index(args.recipe)])
         if getattr(args, name) is None:
             parser.error(f"recipe {args.recipe!r} needs {flag_of(name)}: {row[-1]}")
@@ -268,7 +271,7 @@ def remember_flags(parser, argv, size_of_init):
     """Take flags that are not given from a checkpoint: with --resume all, with --init the sizes.
 
     size_of_init: recipes whose sizes are those of --init. With --eval, the settings of evaluation
-    are those of --init too.
+    are those of --init too. A tokenizer's quantizer always is.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--resume", "--eval"):
@@ -281,7 +284,7 @@ def remember_flags(parser, argv, size_of_init):
         return
     if given.init and Path(given.init).is_file() and not given.resume:
         names = SIZES if (given.recipe or "demo") in size_of_init else ()
-        names += EVALUATION if given.eval else ()
+        names += (*EVALUATION, "quantizer") if given.eval else ("quantizer",)
         names = {*names} & checkpoints.flags_of(parser)
         parser.set_defaults(**checkpoints.arguments_of(given.init, parser, names))
     if not (given.resume and given.out):
@@ -292,22 +295,21 @@ def remember_flags(parser, argv, size_of_init):
     if saved is not None:
         flags = checkpoints.flags_of(parser)
         if others := sorted(saved.keys() - flags):
-            flag = others[0].replace("_", "-")
-            parser.error(f"--resume: {given.out} is a run of another script, with a flag --{flag}")
+            flag = flag_of(others[0])
+            parser.error(f"--resume: {given.out} is a run of another script, with a flag {flag}")
         parser.set_defaults(**{name: saved[name] for name in flags & saved.keys()})
         for action in parser._actions:
             action.required = False
 
 
 def check_size(parser, args):
-    """Exit with status 2 if a small recipe's size would be taken for somebody's photographs."""
-    folder = Path(args.data) if args.data else None
+    """Exit with status 2 if a small recipe's size would be used for somebody's photographs."""
     small = args.recipe in ("demo", "fashion") and getattr(args, "init", None) in (None, "random")
-    if small and folder and folder.is_dir() and not any(folder.glob("*.npy")):
+    if small and args.data and Path(args.data).exists():
         more = " and --token-size" if hasattr(args, "token_size") else ""
         parser.error(
             f"--recipe {args.recipe} is made for small drawings: with your own pictures in "
-            f"{folder} give --image-size{more}, such as 64"
+            f"{args.data} give --recipe photos, or --image-size{more}"
         )
 
 

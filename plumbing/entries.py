@@ -31,12 +31,12 @@ def shown(value):
 
 
 def is_count(value, least=0, most=LONGEST):
-    """Is it an int, but no bool, in this range?"""
+    """Is it an int, not a bool, in this range?"""
     return type(value) is int and least <= value <= most
 
 
 def is_number(value):
-    """Is it a finite float, or an int that fits into one, but no bool?"""
+    """Is it a finite float, or an int that fits into one, not a bool?"""
     return type(value) is float and math.isfinite(value) or is_count(value, -(2**63), 2**63)
 
 
@@ -98,9 +98,9 @@ ENTRIES = {
     "average": ([KINDS[0]], "a state dict", lambda value: isinstance(value, dict)),
     "step": (KINDS, "a number of steps", is_count),
     "optimizer": (
-        KINDS, "an optimiser's", lambda value: has_keys(value, "state", "param_groups")
+        KINDS, "an optimiser's state", lambda value: has_keys(value, "state", "param_groups")
     ),
-    "scaler": (KINDS, "a loss scale's", is_scaler),
+    "scaler": (KINDS, "a loss scaler's state", is_scaler),
     "arguments": (KINDS, "a dict of flags", is_plain_dict),
     "torch": (
         KINDS, "torch's version",
@@ -135,11 +135,13 @@ def check(path, state, *kinds):
         )
     kind = state["kind"]
     if not is_one(kind, *kinds):
-        kind = kind if is_one(kind, *KINDS) else shown(kind)
-        raise ValueError(f"{path} is a {kind} checkpoint; this needs one of: {', '.join(kinds)}")
+        kind = f"a {kind} checkpoint" if is_one(kind, *KINDS) else f"of kind {shown(kind)}"
+        raise ValueError(f"{path} is {kind}; this needs one of: {', '.join(kinds)}")
     for name in state:
         if name not in ENTRIES or kind not in ENTRIES[name][0]:
-            raise ValueError(f"{path}: these scripts write no entry {shown(name)} in a {kind} one")
+            raise ValueError(
+                f"{path}: these scripts write no entry {shown(name)} in a {kind} checkpoint"
+            )
     for name, (owners, wanted, is_right) in ENTRIES.items():
         if name not in state and kind in owners and isinstance(owners, tuple):
             raise ValueError(f"{path} is not a checkpoint of these scripts: it has no {name}")

@@ -9,9 +9,14 @@ import time
 from pathlib import Path
 
 
+def is_first():
+    """Is this the first of torchrun's processes, or the only one?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text):
     """Print a line that stays, in the first process only; a terminal's updating line makes room."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
@@ -53,7 +58,7 @@ class Log:
         rate, left = images * done / elapsed, elapsed / done * (self.steps - step)
         speed = {"images_per_second": round(rate, 1), "seconds": round(elapsed, 1)}
         self.write(step=step, **values, **speed)
-        time_left = f"{left // 60:.0f}m{left % 60:02.0f}s left"
+        time_left = "{}m{:02}s left".format(*divmod(round(left), 60))
         line = f"step {step}/{self.steps}  {time_left}  {rate:.0f} images/s  {numbers(values, 4)}"
         if self.terminal:  # a line that wraps could not be cleared
             width = shutil.get_terminal_size().columns - 1
@@ -70,7 +75,7 @@ class Log:
     def final(self, **values):
         """Record and print the script's result; its record, the file's last, has final=True.
 
-        Raises ValueError naming a value that is not finite: that is no result.
+        Raises ValueError naming a value that is not finite: that is not a result.
         """
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -84,7 +89,7 @@ class Log:
 
 
 class Estimate:
-    """How long a run of `steps` steps takes: one line once that can be told.
+    """How long a run of `steps` steps takes: prints one line with the estimate once it is known.
 
     `begin` and `end` enclose each step with its data; evaluations and checkpoints lie outside. The
     first steps, which compile and fill the loader's queue, do not count.
@@ -144,7 +149,7 @@ def to_json(record):
 
 
 def from_json(text, name, constant=None):
-    """What a text in JSON, or its bytes, holds. NaN, infinity and 1e999 are no JSON.
+    """What a text in JSON, or its bytes, holds. NaN, infinity and 1e999 are not JSON.
 
     constant: what to make of the words NaN, Infinity and -Infinity: a function. Raises ValueError
     naming `name` if it is anything else.
@@ -153,7 +158,7 @@ def from_json(text, name, constant=None):
     def number(digits):
         value = float(digits)
         if not math.isfinite(value):
-            raise ValueError(f"{digits[:20]} is no finite number")
+            raise ValueError(f"{digits[:20]} is not a finite number")
         return value if set(digits) & set(".eEN") else int(digits)
 
     try:
@@ -166,7 +171,7 @@ def from_json(text, name, constant=None):
 
 
 def check_regular(path):
-    """Raise ValueError if there is something at `path` that is no regular file.
+    """Raise ValueError if there is something at `path` that is not a regular file.
 
     Opening a pipe would wait for ever.
     """

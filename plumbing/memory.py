@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plumbing import processes
+from plumbing import outputs, processes
 
 HELP = (
-    "raise --accumulate (the same result in more, smaller passes), add --recompute (not for the "
+    "raise --accumulate (more, smaller passes), add --recompute (not for the "
     "tokenizer), or lower --batch-size"
 )
 SIZES = ("image_size", "model", "decoder_dim", "vocab_size", "hidden", "blocks_per_group",
@@ -23,7 +23,7 @@ SIZES = ("image_size", "model", "decoder_dim", "vocab_size", "hidden", "blocks_p
 
 
 def available(device):
-    """Bytes that there are for this process: a GPU's free memory, or a share of the machine's.
+    """Bytes available to this process: a GPU's free memory, or a share of the machine's.
 
     The machine's is limited by its cgroups, and shared among torchrun's processes on it. Its swap
     counts as memory.
@@ -121,16 +121,10 @@ def check(args, config):
         largest = max(parts, key=parts.get)
         sizes = [f"--{name.replace('_', '-')}" for name in SIZES if hasattr(args, name)]
         raise ValueError(
-            f"this run needs at least {size_text(needed)} of memory and there are "
-            f"{size_text(there)}; most is for {largest}: lower {', '.join(sizes)}"
+            f"this run needs at least {outputs.in_words(needed)} of memory and there are "
+            f"{outputs.in_words(there)}; most is for {largest}: lower {', '.join(sizes)}"
             + (f"; or {HELP}" if largest == "the backward pass" else ", --batch-size")
         )
-
-
-def size_text(count):
-    """'1.5 GiB' of a number of bytes."""
-    gib = count / 2**30
-    return f"{gib:.3g} GiB" if gib < 100 else f"{round(gib):,} GiB"
 
 
 def exhausted(error):

@@ -1,4 +1,4 @@
-"""Files that the programs write: whole or not there at all, and never over a file of somebody else.
+"""Files that the programs write: whole or not there at all, and never over somebody else's file.
 
 A file or folder is written under a temporary name in a hidden folder beside it, and gets its own
 name when it is complete.
@@ -36,7 +36,7 @@ def check_outside(out, data):
 
 
 def check_room(path, needed):
-    """Raise ValueError if the disk of `path` has not `needed` bytes; its folder must exist."""
+    """Raise ValueError if the disk of `path`, whose folder must exist, lacks `needed` bytes."""
     with contextlib.suppress(OSError):  # a file system that does not say: the write will
         disk = shutil.disk_usage(Path(path).parent)
         if disk.total and needed > disk.free:
@@ -50,7 +50,8 @@ def in_words(size):
     """A number of bytes for a message: '3.2 GB', '12 MB', '900 bytes'."""
     for name, unit in (("GB", 1e9), ("MB", 1e6)):
         if size >= unit:
-            return f"{size / unit:.3g} {name}"
+            amount = size / unit
+            return f"{amount:.3g} {name}" if amount < 100 else f"{amount:,.0f} {name}"
     return f"{size:,} bytes"
 
 
@@ -73,7 +74,7 @@ def reserve(file, size):
 def disk_error(error):
     """The OSError that `error` is, or that torch hides behind a RuntimeError; None for any other.
 
-    EINVAL, of a seek to where a damaged file points, and an OSError without a number are no errors
+    EINVAL, of a seek to where a damaged file points, and an OSError without a number are not errors
     of a disk.
     """
     cause = error.__context__ if isinstance(error, RuntimeError) else error

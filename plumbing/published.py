@@ -91,7 +91,8 @@ def from_transformers(state):
     for l in range(depth):
         names = query_key_value(l)
         parts = [renamed[name] for name in names if name in renamed]
-        if len(parts) == 3 and len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim:
+        same = len({part.shape[1:] for part in parts if part.ndim}) == 1
+        if same and len(parts) == 3 and all(part.ndim for part in parts):
             renamed[f"blocks.{l}.attn.qkv.weight"] = torch.cat(parts)
             for name in names:  # otherwise loading into a model reports them
                 del renamed[name]
@@ -198,7 +199,7 @@ DEEPEST = 8  # no module of DALL-E's lies deeper inside others
 def parameters_of(path, record, prefix=""):
     """{name: float32 tensor} of a Record; DALL-E's `w` and `b` become `weight` and `bias`.
 
-    Raises ValueError if it is no Record with parameters and modules, or nested too deeply.
+    Raises ValueError if it is not a Record with parameters and modules, or nested too deeply.
     """
     content = vars(record) if isinstance(record, Record) else {}
     parameters, modules = content.get("_parameters"), content.get("_modules")
@@ -250,6 +251,8 @@ def read_dalle(folder):
     sizes = {"vocab_size": vocab_size, "hidden": hidden, "code_dim": code_dim}
     sizes["groups"] = len({group for group, _ in groups})
     sizes["blocks_per_group"] = len({block for group, block in groups if group == "group_1"})
+    if not all(sizes.values()):
+        raise ValueError(f"{folder}: not DALL-E's tokenizer: one of its sizes is 0: {sizes}")
     state = {f"encoder.{name}": value for name, value in encoder.items()}
     return sizes, state | {f"decoder.{name}": value for name, value in decoder.items()}
 
@@ -284,6 +287,8 @@ def main(argv=None):
         print(f"{len(classes)} classes: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}")
     if args.destination is None:
         return
+    if layer := found.get("layer"):
+        raise ValueError(f"other programs have no classifier of layer {layer}'s outputs")
     if args.names == "transformers":
         if found["kind"] == "segmentation":
             raise ValueError(

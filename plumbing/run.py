@@ -20,7 +20,7 @@ class Run:
 
     args: the command line; kind: the checkpoints' kind; model, optimizer: as they are saved;
     extra: further entries of a checkpoint, {name: value}; modules are saved as state dicts.
-    train_set, held_out: the data sets, of which the first must not change until --resume.
+    train_set, held_out: the data sets. The first must not change between a run and its --resume.
     Raises ValueError if the batch does not divide, if --out is in use or not empty, or if --resume
     finds no whole checkpoint, other settings or other data.
     """
@@ -165,9 +165,8 @@ class Run:
         if stop:
             if dist.is_initialized():
                 dist.barrier()  # if one process exits early, torchrun kills the one still writing
-            raise signals.Stopped(
-                f"stopped by a signal after step {done} of {self.total}: continue with --resume"
-            )
+            then = "" if self.args.benchmark else ": continue with --resume"
+            raise signals.Stopped(f"stopped by a signal after step {done} of {self.total}{then}")
 
     def finish(self, evaluate, draw=None):
         """The final evaluation, the last record of the log, and pictures: draw(OUT)."""
@@ -233,10 +232,10 @@ class FiniteSteps:
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= (self.late if step == self.last - 1 else self.LIMIT):
+            good = f"; {self.out}/{checkpoints.CHECKPOINTS[0]} is the last good checkpoint"
             raise ValueError(
-                f"the gradient was not finite in {self.in_a_row} steps in a row, the last one step "
-                f"{step} at learning rate {lr:.3g}: lower --lr; {checkpoints.CHECKPOINTS[0]} in "
-                f"{self.out} is the last good checkpoint"
+                f"the gradient was not finite in {self.in_a_row} steps in a row, the last of them "
+                f"step {step} at learning rate {lr:.3g}: lower --lr{good if self.out else ''}"
             )
         return False
 

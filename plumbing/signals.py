@@ -14,7 +14,7 @@ INTERRUPTED = 128 + signal.SIGINT  # exit status of a program that stopped witho
 class Stopped(BaseException):
     """SIGTERM or SIGINT was received, and nothing is lost.
 
-    No Exception, because libraries that catch every Exception must let it pass.
+    Not an Exception, because libraries that catch every Exception must let it pass.
     """
 
 

@@ -173,7 +173,7 @@ def write_safetensors(path, state):
 
 
 def digest(state):
-    """Sixteen letters for the names and values of a state dict."""
+    """Sixteen hexadecimal digits for the names and values of a state dict."""
     content = hashlib.sha256()
     for name, value in sorted(state.items()):
         content.update(name.encode())
@@ -183,7 +183,7 @@ def digest(state):
 
 
 def file_digest(path):
-    """Sixteen letters for a file of weights, or for DALL-E's two files in a folder.
+    """Sixteen hexadecimal digits for a file of weights, or for DALL-E's two files in a folder.
 
     A zip archive is known by its members' checksums, so it is not read in full.
     """

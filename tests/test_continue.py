@@ -55,6 +55,32 @@ def test_another_tokenizer_gets_a_new_head(arrays, made, tmp_path, capsys):
     assert changed == {"lm_head.weight"} or changed == {"lm_head.weight", "lm_head.bias"}
 
 
+def test_pixel_mean_and_std_are_those_of_the_weights(arrays, made, tmp_path):
+    """--init and --eval --init keep imagenet's although the recipe demo has half, unless told."""
+    flags = [*script_flags("beit", arrays, made), "--normalise", "imagenet"]
+    pretrain.main([*flags, "--out", str(tmp_path / "source")])
+    flags = [*script_flags("beit", arrays, made), "--init", checkpoint(tmp_path, "source")]
+    for name, more, expected in (("as", [], "imagenet"), ("told", ["--normalise", "half"], "half")):
+        pretrain.main([*flags, *more, "--out", str(tmp_path / name)])
+        saved = checkpoints.load(tmp_path / name / "checkpoint.pt", "pretraining")
+        assert saved["normalise"] == saved["arguments"]["normalise"] == expected
+
+
+def test_tokenizer_continues_as_it_was_made(arrays, tmp_path, capsys):
+    """A VQ-VAE stays one without --quantizer vq, and flags of Gumbel-softmax are refused."""
+    common = [*COMMON, "--data", arrays, "--image-size", "16", "--steps", "2"]
+    flags = [*common, "--warmup-steps", "0"]
+    sizes = ["--quantizer", "vq", "--vocab-size", "16", "--hidden", "8", "--code-dim", "8"]
+    train_tokenizer.main([*flags, *sizes, "--out", str(tmp_path / "vq")])
+    flags += ["--init", checkpoint(tmp_path, "vq")]
+    with pytest.raises(SystemExit, match="2"):
+        train_tokenizer.main([*flags, "--beta", "1", "--out", str(tmp_path / "new")])
+    assert "--quantizer vq has no use for --beta" in capsys.readouterr().err
+    train_tokenizer.main([*flags, "--out", str(tmp_path / "new")])
+    saved = checkpoints.load(tmp_path / "new" / "checkpoint.pt", "tokenizer")
+    assert saved["config"]["quantizer"] == saved["arguments"]["quantizer"] == "vq"
+
+
 def test_pretraining_from_a_classifier_at_another_size(arrays, made, tmp_path, capsys):
     """A classifier has no e_[M] and no MIM head: both are new, positions are interpolated."""
     flags = [*script_flags("beit", arrays, made), "--init", checkpoint(made, "cls")]
@@ -63,6 +89,33 @@ def test_pretraining_from_a_classifier_at_another_size(arrays, made, tmp_path, c
     assert "kept its backbone; new: e_[M], head\n" in capsys.readouterr().out
     state = checkpoints.load(tmp_path / "beit" / "checkpoint.pt", "pretraining")["model"]
     assert state["pos_embed"].shape == (1, 37, 128)
+
+
+def test_eval_without_the_head_is_refused(arrays, made, tmp_path):
+    """A classifier, and a model that predicts another tokenizer's tokens: no random head."""
+    flags = script_flags("tokenizer", arrays, made)
+    train_tokenizer.main([*flags, "--seed", "5", "--out", str(tmp_path / "other")])
+    sizes = ["--token-size", "16", "--min-block", "2"]
+    for tokenizer, stage in ((made / "tokenizer", "cls"), (tmp_path / "other", "beit")):
+        flags = [*COMMON, "--data", arrays, "--tokenizer", str(tokenizer / "checkpoint.pt")]
+        with pytest.raises(ValueError, match=f"{stage}/checkpoint.pt has no head for these"):
+            pretrain.main([*flags, "--eval", "--init", checkpoint(made, stage), *sizes])
+
+
+def test_head_of_another_layer_is_not_kept(arrays, made, tmp_path):
+    """A probe of layer 2 starts a probe of layer 2, not a classifier; and is not exported."""
+    flags = [*script_flags("cls", arrays, made), "--lr", "0", "--min-lr", "0"]
+    probe = [*flags, "--linear-probe", "--layer", "2"]
+    finetune_cls.main([*probe, "--lr", "0.1", "--out", str(tmp_path / "probe")])
+    flags[flags.index("--init") + 1] = probe[probe.index("--init") + 1] = checkpoint(
+        tmp_path, "probe"
+    )
+    finetune_cls.main([*probe, "--out", str(tmp_path / "same")])
+    finetune_cls.main([*flags, "--out", str(tmp_path / "other")])
+    heads = [weights(tmp_path / name)["head.weight"] for name in ("probe", "same", "other")]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    with pytest.raises(ValueError, match="no classifier of layer 2"):
+        published.main([checkpoint(tmp_path, "probe"), str(tmp_path / "new.pth")])
 
 
 def test_eval_of_a_pretrained_model_is_its_final_result(arrays, made, tmp_path, capsys):
@@ -141,7 +194,8 @@ def test_own_photographs_need_a_size(stage, made, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         MODULES[stage].main(flags)
     error = capsys.readouterr().err
-    assert "give --image-size" in error and ("--token-size" in error) == (stage == "beit")
+    assert "give --recipe photos, or --image-size" in error
+    assert ("--token-size" in error) == (stage == "beit")
     assert error.count("\n") == 1
 
 

@@ -41,6 +41,7 @@ DATA = {  # case: (script, flags, what the line must say)
     "half an archive": ("cls", "--data {wrong}/half.npz", "not a whole array file"),
     "other classes": ("cls", "--data {wrong}/zoo",
                       "class 'bee' has another number than in the training set"),
+    "new class": ("cls", "--data {wrong}/new", "class 'ape' is not in the training set"),
     "too few labels": ("cls", "--labels-per-class 9", "has 8 images, not 9"),
     "large batch": ("cls", "--batch-size 64", "fewer than the batch size 64"),
 }  # fmt: skip
@@ -116,6 +117,8 @@ UNUSED = {
     "probe": ("cls", "--linear-probe --mixup 1", "--linear-probe has no use for --mixup"),
     "decay of a probe": ("cls", "--linear-probe --layer-decay 0.5",
                          "--linear-probe has no use for --layer-decay"),
+    "recomputed probe": ("cls", "--linear-probe --recompute",
+                         "--linear-probe has no use for --recompute"),
     "long side": ("seg", "--long-side 64", "--short-side 0 has no use for --long-side"),
     "no probe": ("cls", "--layer 1", "training without --linear-probe has no use for --layer"),
     "VQ-VAE": ("tokenizer", "--quantizer vq", "--quantizer vq has no use for --tau-steps"),
@@ -157,9 +160,10 @@ def wrong(arrays, made, hostile, tmp_path_factory):
     (wrong / "half.npz").write_bytes(Path(arrays).read_bytes()[:5000])
     (wrong / "noise.npz").write_bytes(bytes(range(256)))
     (wrong / "images" / "train" / "empty").mkdir(parents=True)
-    for name in ("train/ant", "train/bee", "val/bee"):
-        (wrong / "zoo" / name).mkdir(parents=True)
-        (wrong / "zoo" / name / "1.png").touch()
+    for held_out, folder in (("bee", "zoo"), ("ape", "new")):
+        for name in ("train/ant", "train/bee", f"val/{held_out}"):
+            (wrong / folder / name).mkdir(parents=True)
+            (wrong / folder / name / "1.png").touch()
     (wrong / "half.pt").write_bytes((made / "beit" / "checkpoint.pt").read_bytes()[:20_000])
     state = {"kind": "pretraining", "config": {}, "model": hostile(wrong / "ran")}
     torch.save(state, wrong / "code.pt")

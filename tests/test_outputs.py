@@ -107,5 +107,5 @@ def test_nothing_is_written_inside_the_data(tmp_path, monkeypatch):
 def test_room_is_checked_before_the_work(tmp_path):
     """A disk has room for a byte, and none for 10**18."""
     outputs.check_room(tmp_path / "a", 1)
-    with pytest.raises(ValueError, match="needs 1e\\+09 GB, and its disk has"):
+    with pytest.raises(ValueError, match="needs 1,000,000,000 GB, and its disk has"):
         outputs.check_room(tmp_path / "a", 10**18)

@@ -209,7 +209,7 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
     """Nine are skipped; the tenth is an error that names the step and its learning rate."""
     finite = run.FiniteSteps(tmp_path, 0, 100)
     assert not any(finite.allow(math.inf, step, 0.1) for step in range(9))
-    message = r"10 steps in a row, the last one step 9 at learning rate 0.1.*last good"
+    message = r"10 steps in a row, the last of them step 9 at learning rate 0.1.*last good"
     with pytest.raises(ValueError, match=message):
         finite.allow(math.nan, 9, 0.1)
 
@@ -218,7 +218,7 @@ def test_a_run_whose_last_steps_were_skipped_fails(tmp_path):
     """The last two of twelve steps, or the only step of a resumed run: not the end of training."""
     finite = run.FiniteSteps(tmp_path, 0, 12)
     assert [finite.allow(norm, step, 0.1) for step, norm in ((9, 1.0), (10, math.nan))] == [1, 0]
-    with pytest.raises(ValueError, match="not finite in 2 steps in a row, the last one step 11"):
+    with pytest.raises(ValueError, match="not finite in 2 steps in a row, the last of them"):
         finite.allow(math.nan, 11, 0.1)
     with pytest.raises(ValueError, match="not finite in 1 steps"):
         run.FiniteSteps(tmp_path, 11, 12).allow(math.nan, 11, 0.1)

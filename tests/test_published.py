@@ -111,6 +111,8 @@ def test_weights_from_elsewhere_are_strict(tmp_path):
         "model is a int, not a state dict": {"model": 3},
         "holds a list, not a state dict": [1],
         "no patch_embed.proj.weight": without(state, "patch"),
+        "model has lm_head.weight (), not": state | {"lm_head.weight": torch.tensor(1.0)},
+        "model has no blocks.1.attn.qkv": theirs | {key: torch.tensor(1.0)},
     }
     for message, content in cases.items():
         torch.save(content, tmp_path / "odd.pth")

@@ -145,6 +145,13 @@ def test_updating_line_fits_the_terminal(tmp_path, capsys, monkeypatch):
     assert len(printed) == len("\r\033[K") + 39
 
 
+def test_time_left_has_no_sixtieth_second(tmp_path, capsys, monkeypatch):
+    """119.6 seconds are 2m00s, not 1m60s."""
+    monkeypatch.setattr(log.time, "monotonic", iter([0.0, 59.8]).__next__)
+    log.Log(tmp_path, 0, 3).step(1, 8)
+    assert "  2m00s left  " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [(1, "5 s"), (41, "45 s"), (61, "2 min"), (7801, "2 h 11 min"), (371_000, "4 d 8 h")],
