@@ -260,4 +260,3 @@ def test_readme_code_runs(made, monkeypatch):
     assert found["x"].shape == (1, 3, config.image_size, config.image_size)
     assert found["features"].shape == (1, config.dim)
     assert found["name"] in ("0", "1", "2", "3")
-    assert found["mask"].shape == (config.grid, config.grid) and found["mask"].any()
