@@ -109,6 +109,7 @@ def prepare(args):
     memory.check(args, config)
     if args.layer is not None and not 1 <= args.layer <= config.depth:
         raise ValueError(f"--layer {args.layer} is not between 1 and the {config.depth} blocks")
+    args.layer = None if args.layer == config.depth else args.layer  # H^L, as without the flag
     torch.manual_seed(args.seed)
     model = BeitForClassification(config, len(classes), args.layer)
     if init:  # from a classifier also the norm, and the linear layer if its classes are the same

@@ -26,7 +26,7 @@ from plumbing.run import Run, evaluate_only
 RECIPES = {
     # name: (demo, fashion, photos, base, large, range, help). base, large: for ADE20K.
     "data": ("shapes", "fashion-scenes", None, None, None, "", "a set with masks (docs/data.md)"),
-    "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "crop, sliding window; default: of --init"),
+    "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "pixels of crop and sliding window"),
     "train_images": (200, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
     "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size for --init random: see MODELS"),
     "drop_path": (0.0, 0.0, 0.0, 0.1, 0.2, "[0, 1)", "stochastic depth"),

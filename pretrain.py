@@ -48,7 +48,7 @@ RECIPES = {
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels of the view cut into patches"),
     "token_size": (24, 28, 112, 112, 112, "[1, 65536]", "pixels of that crop for the tokenizer"),
-    "normalise": (*("half",) * 3, *("imagenet",) * 2, "half|imagenet", "pixel mean and std"),
+    "normalise": (*("half",) * 3, *("imagenet",) * 2, "half|imagenet", "mean, std; default: --init's"),
     "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "(0, 1]", "least share of area in a crop; 1: a square"),
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),
@@ -281,8 +281,8 @@ def build(args, tokenizer, predicts):
     model = BeitForMaskedImageModeling(config, n_out)
     if init:
         keep = kept_parts(args, init, model, predicts)
-        if args.eval and "lm_head." not in keep:
-            raise ValueError(f"--eval: {args.init} has no head for these tokens or pixels")
+        if args.eval and len(keep) < 2:
+            raise ValueError(f"--eval: {args.init} lacks e_[M], or a head known to predict these")
         load_backbone(model, init["model"], keep)
         names = {"mask_token": "e_[M]", "lm_head.": "head"}
         kept = ", ".join(["backbone", *(names[part] for part in keep)])

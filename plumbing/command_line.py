@@ -208,8 +208,8 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     """Parse the command line and fill in the recipe's column. Exits with status 2 on bad input.
 
     With --resume, flags that are not given are those of the run in --out. size_of_init: recipes
-    whose image size is that of --init unless it is given; for weights without arguments it is None,
-    as is a normalise that is to be that of --init.
+    whose image size is that of --init unless it is given; for weights without arguments it is None.
+    With --init, normalise is None unless it is given.
     """
     remember_flags(parser, argv, size_of_init or COLUMNS)
     args = parser.parse_args(argv)
@@ -283,9 +283,9 @@ def remember_flags(parser, argv, size_of_init):
     except argparse.ArgumentError:  # the parser itself will say what is wrong
         return
     if given.init and Path(given.init).is_file() and not given.resume:
-        names = SIZES if (given.recipe or "demo") in size_of_init else ()
-        names += (*EVALUATION, "quantizer") if given.eval else ("quantizer",)
-        names = {*names} & checkpoints.flags_of(parser)
+        names = {"quantizer"} | ({*SIZES} if (given.recipe or "demo") in size_of_init else set())
+        names |= {*EVALUATION} if given.eval else set()
+        names &= checkpoints.flags_of(parser)
         parser.set_defaults(**checkpoints.arguments_of(given.init, parser, names))
     if not (given.resume and given.out):
         return
@@ -303,9 +303,10 @@ def remember_flags(parser, argv, size_of_init):
 
 
 def check_size(parser, args):
-    """Exit with status 2 if a small recipe's size would be used for somebody's photographs."""
+    """Exit with status 2 if a small recipe's size would be used for somebody's own pictures."""
     small = args.recipe in ("demo", "fashion") and getattr(args, "init", None) in (None, "random")
-    if small and args.data and Path(args.data).exists():
+    pictures = Path(args.data or "shapes")
+    if small and (pictures.is_dir() or pictures.suffix == ".npz"):
         more = " and --token-size" if hasattr(args, "token_size") else ""
         parser.error(
             f"--recipe {args.recipe} is made for small drawings: with your own pictures in "

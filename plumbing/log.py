@@ -58,7 +58,8 @@ class Log:
         rate, left = images * done / elapsed, elapsed / done * (self.steps - step)
         speed = {"images_per_second": round(rate, 1), "seconds": round(elapsed, 1)}
         self.write(step=step, **values, **speed)
-        time_left = "{}m{:02}s left".format(*divmod(round(left), 60))
+        minutes, seconds = divmod(round(left), 60)
+        time_left = f"{minutes}m{seconds:02}s left"
         line = f"step {step}/{self.steps}  {time_left}  {rate:.0f} images/s  {numbers(values, 4)}"
         if self.terminal:  # a line that wraps could not be cleared
             width = shutil.get_terminal_size().columns - 1

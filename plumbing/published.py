@@ -91,8 +91,8 @@ def from_transformers(state):
     for l in range(depth):
         names = query_key_value(l)
         parts = [renamed[name] for name in names if name in renamed]
-        same = len({part.shape[1:] for part in parts if part.ndim}) == 1
-        if same and len(parts) == 3 and all(part.ndim for part in parts):
+        whole = len(parts) == 3 and all(part.ndim for part in parts)
+        if whole and len({part.shape[1:] for part in parts}) == 1:
             renamed[f"blocks.{l}.attn.qkv.weight"] = torch.cat(parts)
             for name in names:  # otherwise loading into a model reports them
                 del renamed[name]
@@ -288,7 +288,7 @@ def main(argv=None):
     if args.destination is None:
         return
     if layer := found.get("layer"):
-        raise ValueError(f"other programs have no classifier of layer {layer}'s outputs")
+        raise ValueError(f"{args.weights}: only these scripts can classify layer {layer}'s outputs")
     if args.names == "transformers":
         if found["kind"] == "segmentation":
             raise ValueError(

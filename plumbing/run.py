@@ -232,10 +232,12 @@ class FiniteSteps:
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= (self.late if step == self.last - 1 else self.LIMIT):
-            good = f"; {self.out}/{checkpoints.CHECKPOINTS[0]} is the last good checkpoint"
+            good = ""
+            if self.out:
+                good = f"; {self.out}/{checkpoints.CHECKPOINTS[0]} is the last good checkpoint"
             raise ValueError(
                 f"the gradient was not finite in {self.in_a_row} steps in a row, the last of them "
-                f"step {step} at learning rate {lr:.3g}: lower --lr{good if self.out else ''}"
+                f"step {step} at learning rate {lr:.3g}: lower --lr{good}"
             )
         return False
 

@@ -55,8 +55,11 @@ def test_another_tokenizer_gets_a_new_head(arrays, made, tmp_path, capsys):
     assert changed == {"lm_head.weight"} or changed == {"lm_head.weight", "lm_head.bias"}
 
 
-def test_pixel_mean_and_std_are_those_of_the_weights(arrays, made, tmp_path):
-    """--init and --eval --init keep imagenet's although the recipe demo has half, unless told."""
+def test_pixel_mean_and_std_are_those_of_the_weights(arrays, made, tmp_path, capsys):
+    """--init and --eval keep imagenet's although the recipe demo has half, unless told.
+
+    Weights without arguments are said to have half, although the recipe base has imagenet.
+    """
     flags = [*script_flags("beit", arrays, made), "--normalise", "imagenet"]
     pretrain.main([*flags, "--out", str(tmp_path / "source")])
     flags = [*script_flags("beit", arrays, made), "--init", checkpoint(tmp_path, "source")]
@@ -64,6 +67,17 @@ def test_pixel_mean_and_std_are_those_of_the_weights(arrays, made, tmp_path):
         pretrain.main([*flags, *more, "--out", str(tmp_path / name)])
         saved = checkpoints.load(tmp_path / name / "checkpoint.pt", "pretraining")
         assert saved["normalise"] == saved["arguments"]["normalise"] == expected
+    flags = [*COMMON, "--data", arrays, "--tokenizer", checkpoint(made, "tokenizer")]
+    capsys.readouterr()
+    pretrain.main([*flags, "--eval", "--init", checkpoint(tmp_path, "source")])
+    final = log.read_metrics(tmp_path / "source")[-1]["mim_loss"]
+    assert numbers(capsys.readouterr().out, ["mim_loss"])["mim_loss"] == pytest.approx(final, 1e-4)
+    bare = str(tmp_path / "bare.pth")
+    published.main([checkpoint(tmp_path, "source"), bare])
+    flags = [*script_flags("beit", arrays, made), "--init", bare, "--recipe", "base"]
+    pretrain.main([*flags, "--out", str(tmp_path / "bare")])
+    saved = checkpoints.load(tmp_path / "bare" / "checkpoint.pt", "pretraining")
+    assert saved["normalise"] == "half" and "assuming 0.5" in capsys.readouterr().out
 
 
 def test_tokenizer_continues_as_it_was_made(arrays, tmp_path, capsys):
@@ -98,7 +112,7 @@ def test_eval_without_the_head_is_refused(arrays, made, tmp_path):
     sizes = ["--token-size", "16", "--min-block", "2"]
     for tokenizer, stage in ((made / "tokenizer", "cls"), (tmp_path / "other", "beit")):
         flags = [*COMMON, "--data", arrays, "--tokenizer", str(tokenizer / "checkpoint.pt")]
-        with pytest.raises(ValueError, match=f"{stage}/checkpoint.pt has no head for these"):
+        with pytest.raises(ValueError, match=f"{stage}/checkpoint.pt lacks e_"):
             pretrain.main([*flags, "--eval", "--init", checkpoint(made, stage), *sizes])
 
 
@@ -114,7 +128,7 @@ def test_head_of_another_layer_is_not_kept(arrays, made, tmp_path):
     finetune_cls.main([*flags, "--out", str(tmp_path / "other")])
     heads = [weights(tmp_path / name)["head.weight"] for name in ("probe", "same", "other")]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    with pytest.raises(ValueError, match="no classifier of layer 2"):
+    with pytest.raises(ValueError, match="only these scripts can classify layer 2"):
         published.main([checkpoint(tmp_path, "probe"), str(tmp_path / "new.pth")])
 
 

@@ -112,7 +112,9 @@ def test_weights_from_elsewhere_are_strict(tmp_path):
         "holds a list, not a state dict": [1],
         "no patch_embed.proj.weight": without(state, "patch"),
         "model has lm_head.weight (), not": state | {"lm_head.weight": torch.tensor(1.0)},
-        "model has no blocks.1.attn.qkv": theirs | {key: torch.tensor(1.0)},
+        "model has no blocks.1.attn.qkv": theirs
+        | {key: torch.tensor(1.0)}
+        | {key.replace("key", name): torch.ones(3) for name in ("query", "value")},
     }
     for message, content in cases.items():
         torch.save(content, tmp_path / "odd.pth")
