@@ -48,7 +48,7 @@ RECIPES = {
     "data": ("shapes", "fashion-mnist", "imagenette", None, None, "", "a data set (docs/data.md)"),
     "image_size": (24, 28, 112, 224, 224, "[1, 65536]", "pixels of the view cut into patches"),
     "token_size": (24, 28, 112, 112, 112, "[1, 65536]", "pixels of that crop for the tokenizer"),
-    "normalise": (*("half",) * 3, *("imagenet",) * 2, "half|imagenet", "mean, std; default: --init's"),
+    "normalise": (*("half",) * 3, *("imagenet",) * 2, "half|imagenet", "mean, std; or --init's"),
     "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "(0, 1]", "least share of area in a crop; 1: a square"),
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),

@@ -39,7 +39,8 @@ def parse(argv):
         "--table", type=int, nargs="+", default=[], choices=(1, 3, 4), help="run the paper's tables"
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
-    add("--budgets", action="store_true", help="table 4's rows about masking, at four budgets")
+    budgets = "table 4's rows about masking and pixels, at four budgets"
+    add("--budgets", action="store_true", help=budgets)
     add("--masks", action="store_true", help="compare other mask ratios and smaller blocks")
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
@@ -65,6 +66,8 @@ def parse(argv):
         parser.error("table 3 and figure 2 need images with masks: name a folder as --scenes")
     if args.scenes and not Path(args.scenes).exists() and args.scenes not in paper.SCENES:
         parser.error(f"--scenes {args.scenes}: no such file or folder")
+    if args.scenes and args.scenes not in paper.SCENES and args.recipe != "photos":
+        parser.error(f"--scenes {args.scenes}: your own images need --recipe photos")
     args.out = Path(args.out or f"runs/{args.recipe}")
     return args
 

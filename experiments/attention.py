@@ -30,9 +30,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from beit import Beit, BeitConfig, load_backbone
+from beit import Beit
+from experiments import features
 from images import batches, masked, patches, sets, sources, views
-from plumbing import command_line, entries, log, noise, outputs, pictures, published
+from plumbing import command_line, log, noise, outputs, pictures
 
 SHOWN = 4  # images in a picture for which none are named
 BATCH = 64  # most images at once
@@ -311,11 +312,9 @@ def load_models(checkpoint, seed=0, normalise="auto"):
     The models are "pre-trained" and, with the same shape, "random weights"; normalise names the
     pixel mean and std that they were trained with.
     """
-    state = published.load_pretrained(checkpoint, *entries.TRAINED, normalise=normalise)
     torch.manual_seed(seed)
-    trained, fresh = (Beit(BeitConfig(**state["config"])).eval() for _ in range(2))
-    load_backbone(trained, state["model"])
-    return {"pre-trained": trained, "random weights": fresh}, state["normalise"]
+    trained, _, normalise = features.load_model(checkpoint, normalise)
+    return {"pre-trained": trained, "random weights": Beit(trained.config).eval()}, normalise
 
 
 def print_measure(models, normalise, args):

@@ -205,10 +205,10 @@ def report(tried, found):
     print("| --- | --- | --- | --- | --- |")
     for kind, counts in tried.items():
         shown = ", ".join(f"{name} {found[kind][name]}" for name in names if found[kind][name])
-        row = [kind, sum(counts.values()), counts[2], counts[0], shown or "0"]
+        row = [kind, counts.total(), counts[2], counts[0], shown or "0"]
         print(f"| {' | '.join(map(str, row))} |")
-    total = sum(sum(counts.values()) for counts in tried.values())
-    print(f"{total} cases, {sum(map(lambda c: sum(c.values()), found.values()))} findings")
+    total, findings = (sum(c.total() for c in part.values()) for part in (tried, found))
+    print(f"{total} cases, {findings} findings")
 
 
 def main(argv=None):
@@ -254,7 +254,7 @@ def main(argv=None):
             shutil.rmtree(root, ignore_errors=True)
         else:
             print(f"the files are in {root / 'bench'}")
-    return 1 if any(map(sum, map(collections.Counter.values, found.values()))) else 0
+    return 1 if any(counts.total() for counts in found.values()) else 0
 
 
 if __name__ == "__main__":

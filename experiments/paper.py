@@ -41,12 +41,12 @@ RECIPES = {
     "seg_lr_random": ((8e-3,), (2e-3, 4e-3, 8e-3), (4e-3,), "from random weights"),
     "longer": (0, 4, 4, "also train from scratch for this many times the steps; 0: do not"),
     "all_labels": (False, False, True, "summary: also fine-tune with all labels"),
-    # the tables only
-    "pretraining_seeds": (2, 2, 2, "pre-training runs of the rows BEiT and pixels"),
-    "probe_lr": (*((4e-3, 1.6e-2),) * 3, "learning rates of the linear probe"),
     "all_epochs": (3.0, 1.0, 3.0, "epochs with the labels of the whole training set"),
     "all_lr": (*((1e-3, 2e-3),) * 2, (2e-3,), "learning rates of BEiT there"),
     "all_lr_random": (*((5e-4, 1e-3, 2e-3),) * 2, (5e-4,), "from scratch there"),
+    # the tables only
+    "pretraining_seeds": (2, 2, 2, "pre-training runs of the rows BEiT and pixels"),
+    "probe_lr": (*((4e-3, 1.6e-2),) * 3, "learning rates of the linear probe"),
     "larger": (32, 40, 128, "the higher resolution, in pixels"),
     "larger_epochs": (0.1, 0.1, 0.1, "epochs at it, as a share of the classifier's"),
     "small_model": ("mini", "mini", "mini8", "the smaller model"),
@@ -398,7 +398,8 @@ def longer_flags(recipe, factor):
 def table4(runner):
     """Table 4: the effect of each choice in pre-training on classification and segmentation."""
     s = runner.settings
-    tokenizers = {row: tokenizer_stage(runner) for row in ABLATIONS if "visual tokens" not in row}
+    tokenizer = tokenizer_stage(runner)
+    tokenizers = {row: tokenizer for row in ABLATIONS if "visual tokens" not in row}
     vq = tokenizer_stage(runner, "tokenizer-vq", "--quantizer", "vq")
     tokenizers["VQ-VAE tokenizer"] = vq
     calls = {}

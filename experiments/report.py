@@ -12,7 +12,6 @@ import collections
 import html
 import importlib
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -111,9 +110,9 @@ def table_html(columns, rows):
 def results(saved):
     """The tables of results.json."""
     parts = [
-        "<p>All results are on test images. Learning rates are chosen on the validation split, "
-        "with a separate seed. Numbers with ± are mean and standard deviation over all runs of a "
-        "row; each fine-tuning seed has its own labelled images.</p>"
+        "<p>All results are on test images. Of several learning rates, the one best on the "
+        "validation split, with a separate seed, is taken. Numbers with ± are mean and standard "
+        "deviation over all runs of a row; each fine-tuning seed has its own labelled images.</p>"
     ]
     for name in (*paper.EXPERIMENTS, "claims"):
         if name not in saved["tables"]:
@@ -166,6 +165,7 @@ def chart(points, title, y_label):
 def row_names(saved):
     """{part of a stage's name: the table's row that it stands for}."""
     rows = [row[0] for table in saved["tables"].values() for row in table["rows"]]
+    rows += [*paper.ABLATIONS, *paper.MASKS]
     return {paper.slug(row): row for row in rows} | {"beit": "BEiT"}
 
 
@@ -203,8 +203,19 @@ def series_text(series):
     if series is None:
         return ""
     if series[0] == "x":
-        return f", {series[1:-1]} times the recipe's epochs"
-    return ", after 14 x 14 patches" if series == "14x14-" else ", other tokenizers"
+        return "" if series == "x1-" else f", {series[1:-1]} times the recipe's epochs"
+    return ", after 14 x 14 patches" if series == "14x14-" else ", with other tokenizers"
+
+
+def pretraining_text(name, names):
+    """A stage of pre-training by its row and its name: '- visual tokens (visual-tokens-0)'."""
+    row = re.sub(r"(-x\d[\d-]*?)?-\d+$", "", name)
+    return f"{names[row]} ({name})" if row in names else name
+
+
+def predicts_tokens(stage):
+    """Is the target of a stage of pre-training visual tokens, not pixels?"""
+    return flags_of(stage["command"]).get("target", "tokens") == "tokens"
 
 
 def curves(out, stages, names):
@@ -220,8 +231,8 @@ def curves(out, stages, names):
         if script == "pretrain.py" and points:
             held_out = losses(out, name, "mim_loss")
             parts = {"training": points} | ({"held out": held_out} if held_out else {})
-            label = "nats per token" if held_out else "loss"
-            charts.append(chart(parts, f"Pre-training: {text}", label))
+            label = "nats per token" if predicts_tokens(stage) else "mean squared error"
+            charts.append(chart(parts, f"Pre-training: {pretraining_text(text, names)}", label))
     charts += fine_tuning_charts(out, stages, names)
     return ['<div class="charts">', *charts, "</div>"] if charts else []
 
@@ -269,10 +280,10 @@ def stage_figure(out, name, stage, names):
         caption = "test images above their reconstructions from visual tokens"
         return figure(out / name / "reconstructions.png", f"Stage {text}: {caption}.")
     if script == "pretrain.py" and text.endswith("-0"):
-        tokens = flags_of(stage["command"]).get("target", "tokens") == "tokens"
-        decoded = ", decoded from visual tokens" if tokens else ""
+        decoded = ", decoded from visual tokens" if predicts_tokens(stage) else ""
         caption = "test images, the input with masked patches in grey, the model's predictions"
-        return figure(out / name / "predictions.png", f"Stage {text}: {caption}{decoded}.")
+        caption = f"Stage {pretraining_text(text, names)}: {caption}{decoded}."
+        return figure(out / name / "predictions.png", caption)
     match = re.fullmatch(SERIES + "seg-(.+)-0-0", text)
     if script == "finetune_seg.py" and match:
         series, row = match.groups()
@@ -306,7 +317,10 @@ def gallery(out, stages, names, data_dir):
         drawn = out / "figure2.png"
         if not drawn.exists():
             drawn = Path(folder) / "attention.png"
-            draw_attention(out, stages, data_dir, drawn)
+            try:
+                draw_attention(out, stages, data_dir, drawn)
+            except (ValueError, OSError) as error:  # the data are not on this machine
+                log.note(f"no attention maps in the report: {error}")
         maps = figure(drawn, caption)
     return parts + (["<h3>Attention maps (figure 2)</h3>", *maps] if maps else [])
 
@@ -350,7 +364,7 @@ def settings_of(script, recipe, stages):
     index, rows = command_line.COLUMNS.index(recipe), []
     others = {name: "" for flags in commands for name in flags if name not in (*PATHS, "recipe")}
     for name in recipes | others:
-        default = recipes[name][index] if name in recipes else "no"
+        default = recipes[name][index] if name in recipes else "default"
         used = {value_text(flags.get(name, default)) for flags in commands}
         text = recipes[name][-1] if name in recipes else "a flag, not part of the recipe"
         rows.append([name, ", ".join(sorted(used, key=sort_key)), text])
@@ -368,14 +382,15 @@ def settings(recipe, stages):
         if any(stage["command"].startswith(script) for stage in stages.values()):
             table = table_html(columns, settings_of(script, recipe, stages))
             parts.append(f"<details><summary>{script}</summary>{table}</details>")
-    column = paper.settings(recipe)  # without --seeds and --scenes
+    column = paper.settings(recipe)
     rows = [
         [name, value_text(column[name]), text]
         for name, (*_, text) in paper.RECIPES.items()
         if column[name] is not None
     ]
     table = table_html(columns, rows)
-    return [*parts, f"<details><summary>the recipe's experiments</summary>{table}</details>"]
+    title = "the recipe's experiments, without --seeds and --scenes"
+    return [*parts, f"<details><summary>{title}</summary>{table}</details>"]
 
 
 def commands(out):
@@ -401,8 +416,7 @@ def times(saved, stages):
     """The machine, the versions, the seeds and the time of each stage."""
     parts = []
     if "machine" in saved:
-        where = f"{saved['machine']}; torch {saved['torch']}; Python {platform.python_version()}."
-        parts.append(f"<p>{html.escape(where)}</p>")
+        parts.append(f"<p>{html.escape(saved['machine'])}; torch {saved['torch']}.</p>")
     if stages:
         rows = [
             [
@@ -476,6 +490,8 @@ def write(out, data_dir=None):
     """
     out = Path(out)
     saved, stages, order = read_results(out), finished_stages(out), list(SCRIPTS)
+    newest = {base_name(name): name for name in stages}  # in the order in which they ended
+    stages = {name: stages[name] for name in newest.values()}
     stages = dict(sorted(stages.items(), key=lambda s: order.index(s[1]["command"].split()[0])))
     if not saved["tables"] and not stages:
         raise ValueError(f"{out} has no results: it is not a folder of reproduce.py")

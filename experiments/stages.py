@@ -28,7 +28,7 @@ import torch
 from experiments import HERE, tables
 from experiments.machine import machine
 from images import sets, sources
-from plumbing import checkpoints, command_line, log, signals
+from plumbing import checkpoints, command_line, log, outputs, signals
 
 # script: the summary's stage whose record stands for stages without one, and the seconds on two CPU
 # cores if that has none either
@@ -295,6 +295,13 @@ class Result(dict):
         raise ValueError(f"{stage}.json has no {name}: remove it to run the stage")
 
 
+def check_masks(source):
+    """Raise ValueError if images for segmentation have no masks, or some that cannot be used."""
+    if source.masks is None:
+        raise ValueError(f"{source.name}: it has no masks, which segmentation needs")
+    source.check()
+
+
 class Runner:
     """Runs stages as processes, up to `jobs` side by side, and returns what they reported.
 
@@ -304,7 +311,8 @@ class Runner:
 
     def __init__(self, out, recipe, settings, data_dir=None, jobs=1):
         """settings: of the experiments, see paper.settings. data_dir: the scripts' --data-dir."""
-        self.out, self.recipe, self.settings = Path(out), recipe, settings
+        self.out = Path(out) if Path(out).name else Path.cwd()  # of "."
+        self.recipe, self.settings = recipe, settings
         self.data_dir, self.jobs, self.planning = data_dir, jobs, False
         self.progress = Progress(recorded_seconds(recipe), jobs)
         self.processes, self.stopped, self.lock = [], False, threading.Lock()
@@ -340,10 +348,14 @@ class Runner:
     def fingerprints(self):
         """{"WHAT of SET SPLIT": value} of the data sets that are read from files."""
         found = {}
-        for name in {self.settings["data"], self.settings["scenes"]} - {DRAWN, None}:
+        scenes = self.settings["scenes"]
+        outputs.check_outside(self.out, scenes)
+        for name in {self.settings["data"], scenes} - {DRAWN, None}:
             for split in ("train", "test"):
                 source = sets.open_source(name, split, self.data_dir)
                 source.read([0])  # image files need Pillow: fail now, not in hours
+                if name == scenes:
+                    check_masks(source)
                 for what, value in sources.fingerprint(source).items():
                     found[f"{what} of {name} {split}"] = value
         return found
@@ -363,8 +375,9 @@ class Runner:
         """
         flags = ["--recipe", self.recipe, *map(str, flags)]
         digest = self.digest(script, flags)
-        finished = (path.stem for path in self.out.glob(f"*-{digest}.json"))
-        name = next(finished, f"{name}-{digest}")
+        known = [path.stem for path in self.out.glob(f"*-{digest}.json")]
+        known += (s.name for s in self.progress.stages if s.name.endswith(f"-{digest}"))
+        name = known[0] if known else f"{name}-{digest}"  # two experiments may share a stage
         done, checkpoint = self.out / f"{name}.json", str(self.out / name / "checkpoint.pt")
         length = self.length(script, flags)
         if done.exists():
@@ -394,7 +407,10 @@ class Runner:
 
     def digest(self, script, flags):
         """Eight letters for all settings: the recipe, and flags with the stages they name."""
-        names = [flag.removeprefix(str(self.out)) for flag in flags]
+        names = [
+            flag.removeprefix(str(self.out)) if flag.startswith(f"{self.out}{os.sep}") else flag
+            for flag in flags
+        ]
         text = json.dumps([script, names, self.column(script)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -409,8 +425,8 @@ class Runner:
         done = {"command": shlex.join([script, *flags]), "seconds": stage.seconds}
         done |= {"resumed": resumed, "threads": threads, "result": record}
         done |= {"machine": machine(), "torch": str(torch.__version__)}
-        (self.out / f"{name}.tmp").write_text(json.dumps(done) + "\n")
-        os.replace(self.out / f"{name}.tmp", self.out / f"{name}.json")
+        with outputs.again(self.out / f"{name}.json") as new:
+            new.write_text(json.dumps(done) + "\n")
         self.progress.report(stage, record)
 
     def execute(self, name, script, flags, threads, resumed):

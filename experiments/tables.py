@@ -6,7 +6,6 @@ A table is {"title", "columns", "rows"}. A cell is text, a number, None, or the 
 
 import json
 import math
-import os
 import re
 import statistics
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from experiments import HERE
 from experiments.machine import machine
-from plumbing import entries, log
+from plumbing import entries, log, outputs
 
 CLAIMS = [
     # (claim, experiment, column, the row that should win, the row that should lose); {}: the
@@ -275,6 +274,5 @@ def save_results(runner, tables):
 
 def write_results(out, saved):
     """Write OUT/results.json, which is whole at every instant."""
-    new = out / "results.tmp"
-    new.write_text(json.dumps(saved, indent=1, allow_nan=False) + "\n")
-    os.replace(new, out / "results.json")
+    with outputs.again(out / "results.json") as new:
+        new.write_text(json.dumps(saved, indent=1, allow_nan=False) + "\n")

@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -526,9 +527,48 @@ def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_pa
     assert "<td>&lt;BEiT&gt;</td>" in page and "12.5" in page
     assert page.count("<svg") == 5 and page.count('src="data:image/png;base64,') == 3
     assert page.count('src="data:image/svg+xml;base64,') == 1
-    titles = "100 labels per class, 0.25 times the recipe's epochs", "Segmenters, other tokenizers"
+    titles = "labels per class, 0.25 times the recipe's epochs", "Segmenters, with other tokenizers"
     assert all(title in html.unescape(page) for title in titles)
     assert re.findall(r'src="(?!data:)|<script|<link|@import|url\(', page) == []
+
+
+def test_report_of_a_folder_without_its_data(arrays, made, tmp_path, capsys):
+    """Pictures and curves of the newest stage of a name, under its row; no maps, and why."""
+    flags = [*short_runs.script_flags("beit", "nowhere.npz", made), "--target", "pixels"]
+    for digest in ("11111111", "22222222"):
+        name = f"visual-tokens-x0-5-0-{digest}"
+        shutil.copytree(made / "beit", tmp_path / name)
+        record = {"command": shlex.join(["pretrain.py", *flags]), "seconds": 1.0, "threads": 1}
+        record |= {"resumed": False, "result": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+        os.utime(tmp_path / f"{name}.json", (int(digest), int(digest)))
+    page = html.unescape(report.write(tmp_path).read_text())
+    assert page.count("Pre-training: - visual tokens (visual-tokens-x0-5-0)") >= 1
+    assert "mean squared error" in page and "nats per token" not in page
+    assert "22222222" in page and "11111111" not in page
+    assert "no attention maps in the report: --data nowhere.npz" in capsys.readouterr().out
+
+
+def test_stage_that_two_experiments_share_is_planned_once(tmp_path):
+    """The same script and flags under another name are the same stage, before it has run too."""
+    runner = stages.Runner(tmp_path, "demo", paper.settings("demo"), None, 1)
+    flags = "finetune_cls.py", "--seed", 3
+    runner.plan([lambda r: r.stage("one", *flags), lambda r: r.stage("other", *flags)])
+    assert [stage.name[:4] for stage in runner.progress.stages] == ["one-"]
+
+
+def test_scenes_without_masks_are_refused_before_any_stage(arrays, tmp_path):
+    """--scenes with images alone, and a folder inside --scenes as --out."""
+    with np.load(arrays) as content:
+        images = {name: value for name, value in content.items() if "masks" not in name}
+    np.savez(tmp_path / "images.npz", **{n: v for n, v in images.items()},
+             test_images=images["val_images"])  # fmt: skip
+    settings = paper.settings("photos", None, str(tmp_path / "images.npz")) | {"data": "shapes"}
+    with pytest.raises(ValueError, match="has no masks, which segmentation needs"):
+        stages.Runner(tmp_path / "out", "photos", settings, None, 1).check_started()
+    settings["scenes"] = str(tmp_path)
+    with pytest.raises(ValueError, match="lies inside the data"):
+        stages.Runner(tmp_path / "out", "photos", settings, None, 1).check_started()
 
 
 # -------------------------------------------------------- benchmark
