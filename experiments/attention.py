@@ -58,9 +58,9 @@ class Seen:
     """A set's images and masks as the model sees them.
 
     seen[index]: pixels (3, size, size) in [0, 1] and class numbers (size, size), or None without
-    masks. For arrays with masks they are a random crop, whose place depends on the image's number
-    only; otherwise the largest centred square, resized. Raises ValueError naming an image or a mask
-    that cannot be used.
+    masks. For arrays with masks, larger than the model's images, they are a random crop, whose
+    place depends on the image's number only; otherwise the largest centred square, resized. Raises
+    ValueError naming an image or a mask that cannot be used.
     """
 
     def __init__(self, source, size, normalise):

@@ -28,7 +28,7 @@ from plumbing import command_line
 STAGES = {"tokenizer": train_tokenizer, "pretraining": pretrain,
           "classification": finetune_cls, "segmentation": finetune_seg}  # fmt: skip
 CLASSES = {"classification": 1000, "segmentation": 150}  # ImageNet-1K, ADE20K
-PRIME = 31  # images in a counted batch: divides the size of no weight, and of all that images have
+PRIME = 31  # images in a counted batch: divides the size of every activation and of no weight
 
 
 # -------------------------------------------------------- the scripts' models
@@ -192,7 +192,7 @@ def as_on_a_gpu():
 
 
 def saved(stage, recipe, model, amp):
-    """Bytes at the start of the backward pass: (for each image, whatever the batch).
+    """Bytes at the start of the backward pass: (for each image, independent of the batch).
 
     The first are what the forward pass has kept, and two gradients of the size of its largest
     tensor. The second are the weights in bf16. Weights themselves do not count.
@@ -236,7 +236,7 @@ def activations(stage, recipe, gpu=True, amp=True):
 
 
 def fixed(stage, recipe, model):
-    """Bytes whatever the batch: {"weights", "gradients", "moments"}.
+    """Bytes independent of the batch: {"weights", "gradients", "moments"}.
 
     Weights include the tokenizer in pre-training and the averaged weights in its training.
     """

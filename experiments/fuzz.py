@@ -1,6 +1,6 @@
 """Damage everything that comes from outside, run the programs on it, and look for findings.
 
-    python -m experiments.fuzz --minutes 20 --seed 1       # as long as it is told
+    python -m experiments.fuzz --minutes 20 --seed 1       # for 20 minutes
     python -m experiments.fuzz --seed 1 --case 17          # one case again; its files are kept
     python -m experiments.fuzz --minutes 5 --code FOLDER   # the same cases, another version's code
 

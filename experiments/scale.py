@@ -124,7 +124,7 @@ def time_table():
 
 
 def limits_table():
-    """What a step on 64 GPUs, and on 64 nodes, asks of all that is not a GPU."""
+    """What a step on 64 GPUs, and on 64 nodes, demands of everything but the GPUs."""
     columns = ["", "GPUs", "images of each", "step, ms", "traffic, ms", "loader processes per node",
                "files read, GB/s", "checkpoint, GB"]  # fmt: skip
     rows = []

@@ -2,9 +2,9 @@
 
     python -m experiments.scale_check            # 5 minutes on two cores; the rates need Pillow
 
-Each step runs in a process of its own. Memory is its peak less that before the model was made;
-glibc is told to return freed memory at once, so that the peak is that of the tensors.
-Rates are images per second of one core's own time, so that other work on the machine does not
+Each step runs in a process of its own. Memory is its peak minus what was in use before the
+model was made; glibc is told to return freed memory at once, so that the peak is that of the
+tensors. Rates are images per second of one core's own time, so that other work on the machine does not
 count, from JPEG files of 500 x 375 pixels, through the scripts' own data sets.
 """
 

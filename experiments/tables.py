@@ -145,7 +145,7 @@ def markdown(table):
 
 
 def side_by_side(tables):
-    """One table of several with the same title and two columns, those of the same row in a line."""
+    """Merge tables of two columns with the same title: a line for each name, a column for each."""
     names = []
     for table in tables:
         place = 0  # a row that only this table has comes after the row before it
