@@ -4,8 +4,8 @@
 
 Each step runs in a process of its own. Memory is its peak minus what was in use before the
 model was made; glibc is told to return freed memory at once, so that the peak is that of the
-tensors. Rates are images per second of one core's own time, so that other work on the machine does not
-count, from JPEG files of 500 x 375 pixels, through the scripts' own data sets.
+tensors. Rates are images per second of one core's own time, so that other work on the machine does
+not count, from JPEG files of 500 x 375 pixels, through the scripts' own data sets.
 """
 
 import multiprocessing
