@@ -257,7 +257,7 @@ def build(args, tokenizer, predicts):
     """The model of the recipe, with the weights of --init if there are any.
 
     predicts: what its head predicts, a digest of the tokenizer or the name of the pixel target.
-    Sets args.normalise. Raises ValueError if sizes, memory or head do not suffice.
+    Sets args.normalise. Raises ValueError if a size, the memory or a head to --eval does not fit.
     """
     init, changes = None, {"image_size": args.image_size, "drop_path": args.drop_path}
     if args.init:
@@ -282,7 +282,7 @@ def build(args, tokenizer, predicts):
     if init:
         keep = kept_parts(args, init, model, predicts)
         if args.eval and len(keep) < 2:
-            raise ValueError(f"--eval: {args.init} lacks e_[M], or a head known to predict these")
+            raise ValueError(f"--eval: {args.init} lacks e_[M] or the head for this target")
         load_backbone(model, init["model"], keep)
         names = {"mask_token": "e_[M]", "lm_head.": "head"}
         kept = ", ".join(["backbone", *(names[part] for part in keep)])

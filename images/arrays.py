@@ -157,7 +157,7 @@ def check_list(name, header, limit):
 
 
 def names_in(member, array):
-    """A list of class names as strings. Raises ValueError if one is not a text."""
+    """A list of class names as strings. Raises ValueError if one is not text."""
     with whole(member):  # numpy takes any four bytes for a character
         values = array.tolist()
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in values]

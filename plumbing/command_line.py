@@ -305,8 +305,7 @@ def remember_flags(parser, argv, size_of_init):
 def check_size(parser, args):
     """Exit with status 2 if a small recipe's size would be used for somebody's own pictures."""
     small = args.recipe in ("demo", "fashion") and getattr(args, "init", None) in (None, "random")
-    pictures = Path(args.data or "shapes")
-    if small and (pictures.is_dir() or pictures.suffix == ".npz"):
+    if small and args.data and (Path(args.data).is_dir() or Path(args.data).suffix == ".npz"):
         more = " and --token-size" if hasattr(args, "token_size") else ""
         parser.error(
             f"--recipe {args.recipe} is made for small drawings: with your own pictures in "
