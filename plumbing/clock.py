@@ -106,6 +106,8 @@ class Clock:
             yield from loader
             return
         ahead = 2 * loader.num_workers  # batches that loader processes prepare in advance
+        if len(loader) < (least := 1 + ahead + self.steps):
+            raise ValueError(f"--benchmark {self.steps} needs a run of {least} steps")
         loader = iter(loader)
         first = next(loader)
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
@@ -119,10 +121,7 @@ class Clock:
             for _ in range(self.steps):
                 self.begin("data")
                 self.record = collections.defaultdict(float)
-                if (batch := next(source, None)) is None:
-                    least = 1 + ahead + self.steps
-                    raise ValueError(f"--benchmark {self.steps} needs a run of {least} steps")
-                yield batch
+                yield next(source)
                 self.begin("data")
                 self.seconds[phase].append(self.record)
 

@@ -186,4 +186,6 @@ def test_benchmark_times_every_part_and_writes_nothing(
         assert all(value >= 0 for value in times.values()) and times["backward"] > 0
     assert float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) > 0.05
     assert re.search(r"\nthis run: \d+ steps, about \d+ \w+ on 1 process\n$", printed)
+    with pytest.raises(ValueError, match="--benchmark 4 needs a run of 5 steps"):
+        short_runs.MODULES[stage].main([*flags[:-1], "4"])
     assert not list(tmp_path.iterdir())
