@@ -55,11 +55,12 @@ class BeitConfig:
         return self.image_size // self.patch_size
 
 
-MODELS = {  # --model: the appendix's two sizes, and four for small images on a laptop
+MODELS = {  # --model: the appendix's two sizes, and five for small images on a laptop
     "mini": dict(patch_size=4, dim=64, depth=4, heads=2, positions="absolute", layer_scale=0.0),
     "tiny": dict(patch_size=4, dim=128, depth=4, heads=4, positions="absolute", layer_scale=0.0),
     "mini8": dict(patch_size=8, dim=64, depth=4, heads=2, positions="absolute", layer_scale=0.0),
     "tiny8": dict(patch_size=8, dim=128, depth=4, heads=4, positions="absolute", layer_scale=0.0),
+    "small8": dict(patch_size=8, dim=192, depth=4, heads=6, positions="absolute", layer_scale=0.0),
     "base": dict(patch_size=16, dim=768, depth=12, heads=12, positions="shared", layer_scale=0.1),
     "large": dict(patch_size=16, dim=1024, depth=24, heads=16, positions="shared", layer_scale=1e-5)
 }  # fmt: skip

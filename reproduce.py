@@ -4,7 +4,7 @@
     python reproduce.py --recipe fashion      # summary on real images: 25 minutes on two CPU cores
     python reproduce.py --recipe fashion --table 1 3 4 --grid14 --figure 2       # hours
     python reproduce.py --recipe photos --budgets       # part of table 4, four times: ten hours
-    python reproduce.py --recipe photos --masks --tokenizers    # other masks, other tokenizers
+    python reproduce.py --recipe photos --masks --tokenizers    # other masks, widths, tokenizers
     python reproduce.py ... --resume          # continue a stopped run: the same flags and --resume
     python reproduce.py --documents           # fill the documents' tables from docs/results
 
@@ -41,7 +41,7 @@ def parse(argv):
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
     budgets = "table 4's rows about masking and pixels, at four budgets"
     add("--budgets", action="store_true", help=budgets)
-    add("--masks", action="store_true", help="compare other mask ratios and smaller blocks")
+    add("--masks", action="store_true", help="compare other mask ratios, blocks and model widths")
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"

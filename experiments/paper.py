@@ -551,11 +551,15 @@ MASKS = {  # row: flags of pretrain.py
     "blocks from 9 patches, not 16": ("--min-block", 9),
     "blocks from 4 patches": ("--min-block", 4),
     "- blockwise masking": ABLATIONS["- blockwise masking"][0],
+    "BEiT, width 64, not 128": ("--model", "mini8"),
+    "- blockwise masking, width 64": ("--model", "mini8", "--masking", "random"),
+    "BEiT, width 192": ("--model", "small8"),
+    "- blockwise masking, width 192": ("--model", "small8", "--masking", "random"),
 }
 
 
 def masks(runner):
-    """Not in the paper: fewer masked patches and smaller blocks, between BEiT and random masking.
+    """Not in the paper: what lies between BEiT and random masking, and both in other widths.
 
     Pre-training takes a part of the recipe's epochs, one of `budgets`.
     """
@@ -573,7 +577,7 @@ def masks(runner):
         rows.append([row, right, run_cell(cls[row]), neighbours, *miou])
     columns = ["", "masked tokens right, %", f"top-1, {s['labels'][0]} labels per class"]
     columns += ["k-NN"] + ["mIoU, scenes"] * bool(seg)
-    title = f"Other masks, {epochs[1]:g} epochs of pre-training"
+    title = f"Other masks and widths, {epochs[1]:g} epochs of pre-training"
     return {"title": title, "columns": columns, "rows": rows}
 
 

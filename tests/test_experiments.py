@@ -366,7 +366,7 @@ def test_masks_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     paper.budgets(stages.Runner(tmp_path, "photos", paper.settings("photos", 2)))
     runner, total = planned(tmp_path, "photos", 2, [paper.masks])
     table = paper.masks(runner)
-    assert runner.progress.counts() == (total, total) == (9, 9)  # three rows, two seeds each
+    assert runner.progress.counts() == (total, total) == (21, 21)  # seven rows, two seeds each
     assert [row[0] for row in table["rows"]] == list(paper.MASKS)
 
 
