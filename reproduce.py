@@ -3,7 +3,7 @@
     python reproduce.py                       # summary on synthetic shapes: minutes on two cores
     python reproduce.py --recipe fashion      # summary on real images: 25 minutes on two CPU cores
     python reproduce.py --recipe fashion --table 1 3 4 --grid14 --figure 2       # hours
-    python reproduce.py --recipe photos --budgets       # part of table 4, four times: ten hours
+    python reproduce.py --recipe photos --budgets       # part of table 4, four times: 12 hours
     python reproduce.py --recipe photos --masks --tokenizers    # other masks, widths, tokenizers
     python reproduce.py ... --resume          # continue a stopped run: the same flags and --resume
     python reproduce.py --documents           # fill the documents' tables from docs/results
