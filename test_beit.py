@@ -6,7 +6,9 @@ The order is the paper's. The rest is in tests/: images, runs, bad input, publis
 `python -m pytest` runs everything.
 """
 
+import collections
 import itertools
+import json
 import math
 import random
 
@@ -79,7 +81,10 @@ def test_printed_algorithm_stops_past_its_ratio():
 @pytest.mark.parametrize("kind", ["blockwise", "printed", "random"])
 @pytest.mark.parametrize("grid, ratio, block", [(4, 0.3, 2), (7, 0.4, 4), (24, 0.5, 16)])
 def test_masks_on_any_grid_are_a_function_of_the_seed(kind, grid, ratio, block):
-    """Equal seeds give equal masks and other seeds others; the size is at most target()."""
+    """Equal seeds give equal masks and other seeds others; blocks mask at most target() patches.
+
+    Random masking masks exactly as many; Algorithm 1 as printed may overshoot.
+    """
     a = [masking.make_mask(kind, random.Random(s), grid, ratio, block) for s in range(20)]
     b = [masking.make_mask(kind, random.Random(s), grid, ratio, block) for s in range(20)]
     assert all(m.shape == (grid, grid) and m.dtype == bool and m.any() for m in a)
@@ -169,7 +174,7 @@ def test_logit_laplace_density_integrates_to_one(mu, ln_b):
     assert integral.item() == pytest.approx(1, abs=1e-4)
 
 
-def test_image_likelihood_is_a_density_over_0_to_1():
+def test_image_likelihood_is_the_density_of_unmapped_pixels():
     """Its integral over x in [0, 1] is the logit-Laplace's mass between 0.1 and 0.9."""
     model = tiny_dvae()
     x = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
@@ -260,14 +265,36 @@ def test_vq_takes_the_nearest_code_and_passes_the_gradient_straight_through():
 
 
 def test_vq_revives_dead_codes():
-    """One code is used if all others are far from the data; after revive_codes many are used."""
+    """Codes far from the data are dead; revive_codes moves them, and no code that is in use."""
     model = tiny_dvae(quantizer="vq", likelihood="mse")
     x = torch.rand(32, 3, 8, 8)
     model.codebook.data.add_(100)
     model.codebook.data[0] = 0
+    model.usage[0] = 5
     assert len(model.tokens(x).unique()) == 1
     model.revive_codes(x.chunk(2), rank=0, world=1, seed=0)
     assert len(model.tokens(x).unique()) > 8
+    assert (model.codebook[0] == 0).all() and model.codebook.max() < 50
+    assert model.usage.tolist() == [5.0] + [1.0] * 15
+
+
+def test_vq_loss_by_hand():
+    """Squared error, and |sg(z_e) - z_q|² + 0.25 |z_e - sg(z_q)|², means over all values.
+
+    The codebook's gradient is that of the first of the two terms, without the factor.
+    """
+    model, x = tiny_dvae(quantizer="vq", likelihood="mse"), torch.rand(2, 3, 8, 8)
+    loss, terms, _ = model(x, 1.0, 1.0, None)
+    z = model.tokens(x)
+    difference = (model.codebook[z] - model.encode(x)).detach()
+    squared_error = (model.decode_codes(model.codebook[z])[0].sigmoid() - 0.1) / 0.8 - x
+    assert terms["reconstruction"].item() == pytest.approx(squared_error.pow(2).mean().item())
+    assert terms["codebook"].item() == pytest.approx(1.25 * difference.pow(2).mean().item())
+    assert loss.item() == pytest.approx(sum(terms.values()).item())
+    loss.backward()
+    expected = torch.zeros_like(model.codebook)
+    expected.index_add_(0, z.flatten(), 2 * difference.flatten(0, 2) / difference.numel())
+    assert torch.allclose(model.codebook.grad, expected, atol=1e-6)
 
 
 # -------------------------------------------------------- section 2.2: the backbone
@@ -341,7 +368,7 @@ def test_relative_position_index():
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
-def test_positions_tell_patches_apart(positions):
+def test_positions_distinguish_patches(positions):
     """Swapping two patches does more than swap their outputs, as it would without positions."""
     model = tiny_mim(positions=positions)
     x = torch.randn(1, 3, 8, 8)
@@ -362,8 +389,8 @@ def test_initialisation():
     pre, fine = beit.Beit(config, mask_embedding=True), beit.Beit(config)
     assert pre.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0108, rel=0.02)
     assert fine.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0200, rel=0.02)
-    projection = pre.blocks[2].mlp.fc2.weight.std().item()
-    assert projection == pytest.approx(0.0108 / math.sqrt(6), rel=0.02)
+    for projection in (pre.blocks[2].attn.proj, pre.blocks[2].mlp.fc2):
+        assert projection.weight.std().item() == pytest.approx(0.0108 / math.sqrt(6), rel=0.02)
     assert fine.mask_token is None and pre.mask_token is not None
 
 
@@ -412,15 +439,18 @@ def test_the_last_block_at_some_positions_alone(positions, layer_scale):
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
 def test_recomputed_blocks_give_the_same_gradients(positions):
-    """--recompute: gradients with it and without it, to the bit."""
+    """--recompute: gradients with it and without it, to the bit; each block runs twice."""
     model = tiny_mim(positions=positions, drop_path=0.5)
     x, mask, u = torch.randn(2, 3, 8, 8), torch.rand(2, 16) < 0.4, torch.rand(2, 2, 2)
-    gradients = []
+    gradients, calls = [], []
+    for block in model.blocks:
+        block.norm1.register_forward_hook(lambda *_: calls.append(model.recompute))
     for model.recompute in (False, True):
         model.zero_grad()
         model(x, mask, u=u).sin().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert calls == [False] * 2 + [True] * 4
 
 
 def test_last_attention_is_what_the_last_block_uses():
@@ -440,33 +470,57 @@ def test_last_attention_is_what_the_last_block_uses():
 # -------------------------------------------------------- sections 2.3 and 2.4: eqs. 1 to 3
 
 
-def mim_loss(model, x, z, mask):
-    """Eq. 1 as a mean over M."""
-    return F.cross_entropy(model(x, mask), z[mask])
-
-
 def pretrain_arguments(*flags):
     """pretrain.py's settings for these flags, on top of its recipe `demo`."""
     parser = command_line.recipe_parser("", pretrain.RECIPES)
     return command_line.parse_recipe(parser, pretrain.RECIPES, ["--out", "unused", *flags])
 
 
-def test_loss_is_on_masked_positions_only():
-    """Other tokens at unmasked positions leave eq. 1 as it is; at masked positions they do not."""
-    model = tiny_mim()
-    x, z = torch.randn(2, 3, 8, 8), torch.randint(11, (2, 16))
+def test_predictions_are_those_of_the_masked_positions():
+    """The logits against their formula, W_c LN(h_i^L) + b_c for i in M, row by row."""
+    model, x = tiny_mim(), torch.randn(2, 3, 8, 8)
+    nn.init.normal_(model.lm_head.bias)
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[0, 3:6] = mask[1, 7] = True
-    assert model(x, mask).shape == (4, 11)
-    loss = mim_loss(model, x, z, mask)
-    elsewhere = torch.where(mask, z, (z + 1) % 11)
-    assert torch.equal(mim_loss(model, x, elsewhere, mask), loss)
-    there = torch.where(mask, (z + 1) % 11, z)
-    assert not torch.allclose(mim_loss(model, x, there, mask), loss)
+    h = beit.Beit.forward(model, x, mask)[:, 1:][mask]
+    expected = model.norm(h) @ model.lm_head.weight.T + model.lm_head.bias
+    assert expected.shape == (4, 11)
+    assert torch.allclose(model(x, mask), expected, atol=1e-6)
+
+
+def test_training_loss_is_over_the_masked_positions(tmp_path, monkeypatch):
+    """Eq. 1 in the loop: the logged loss of a step against the mean over M of its own losses.
+
+    fixed_count adds positions outside M to those of masks that are smaller.
+    """
+    seen = collections.defaultdict(list)
+
+    def watched(name, function):
+        def call(*inputs):
+            seen[name].append((inputs, function(*inputs)))
+            return seen[name][-1][1]
+
+        return call
+
+    for name in ("fixed_count", "recovery_loss"):
+        monkeypatch.setattr(pretrain, name, watched(name, getattr(pretrain, name)))
+    images = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3), np.uint8)
+    np.savez(tmp_path / "set.npz", train_images=images, val_images=images[:1])
+    flags = ["--data", str(tmp_path / "set.npz"), "--target", "pixels", "--model", "mini"]
+    flags += ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "16", "--min-block", "8"]
+    flags += ["--image-size", "24", "--device", "cpu", "--out", str(tmp_path / "run")]
+    pretrain.main(flags)
+    (mask, count), positions = seen["fixed_count"][0]
+    each = seen["recovery_loss"][0][1]
+    assert len(each) == count > mask.sum() > 0
+    expected = each[: mask.sum()].sum() / mask.sum()
+    assert torch.stack(positions).T[: mask.sum()].tolist() == mask.nonzero().tolist()
+    logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert logged["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_pixels_under_the_mask_are_not_seen():
-    """Other pixels in a masked patch leave every prediction as it is; in a visible one not."""
+    """Other pixels in a masked patch change no prediction; in a visible patch they do."""
     model = tiny_mim()
     x, mask = torch.randn(1, 3, 8, 8), torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 0] = True  # the patch of rows 0-1, columns 0-1
@@ -588,30 +642,40 @@ def test_classifier_is_a_linear_map_of_the_mean_patch_output():
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixed_labels_follow_mixed_pixels(mixup, cutmix):
-    """Targets against mean pixels: image n has the value n everywhere, so they tell its share."""
-    x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    """Targets against mean pixels: image n has the value n everywhere, so these show its share.
+
+    Each image is mixed with its neighbour, 0 with 1 and 2 with 3; cutmix's pixels stay whole.
+    """
+    x, shares, whole = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), [], []
     for seed in range(20):
         mixed, targets = labelled.mix(x, torch.eye(4), mixup, cutmix, random.Random(seed))
         assert torch.allclose(mixed.mean((1, 2, 3)), targets @ torch.arange(4.0), atol=1e-5)
-        assert torch.allclose(targets.sum(1), torch.ones(4))
+        own, other = targets.diagonal(), targets[range(4), [1, 0, 3, 2]]
+        assert torch.allclose(own + other, torch.ones(4))
+        shares.append(own[0].item())
+        whole.append(torch.equal(mixed, mixed.round()))
+    assert len(set(shares)) > 10 and min(shares) < 0.5 < max(shares)
+    assert any(whole) == (cutmix > 0) and all(whole) == (mixup == 0)
 
 
 def test_layer_decay():
     """Learning-rate shares and weight decay against the appendix.
 
-    Block l of L gets d^(L+1-l), embeddings d^(L+1), head, norm and a shared table 1. Vectors are
-    not decayed.
+    Block l of L gets d^(L+1-l), embeddings d^(L+1), head, norm and a shared table 1. Vectors,
+    e_[S] and E_pos are not decayed.
     """
-    model = tiny_mim(positions="shared")
-    groups = beit.parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
-    names = {parameter: name for name, parameter in model.named_parameters()}
     scale, decay = {}, {}
-    for group in groups:
-        for parameter in group["params"]:
-            scale[names[parameter]] = group["lr_scale"]
-            decay[names[parameter]] = group["weight_decay"]
+    for positions in ("absolute", "shared"):
+        model = tiny_mim(positions=positions)
+        groups = beit.parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        assert sum(len(group["params"]) for group in groups) == len(names)
+        for group in groups:
+            for parameter in group["params"]:
+                scale[names[parameter]] = group["lr_scale"]
+                decay[names[parameter]] = group["weight_decay"]
     table = "rel_pos_bias.relative_position_bias_table"
-    assert len(scale) == len(names)
+    assert scale["pos_embed"] == 0.5**3 and decay["pos_embed"] == 0
     assert scale["patch_embed.proj.weight"] == scale["mask_token"] == 0.5**3
     assert scale["blocks.0.mlp.fc1.weight"] == 0.5**2 and scale["blocks.1.gamma_1"] == 0.5
     assert scale["lm_head.weight"] == scale[table] == 1
@@ -620,13 +684,21 @@ def test_layer_decay():
 
 
 def test_absolute_positions_are_interpolated():
-    """E_pos on another grid: e_[S]'s row stays, a constant stays; on the same grid it is E_pos."""
+    """E_pos on another grid: e_[S]'s row stays, the others are bicubic; on its own grid E_pos.
+
+    By hand from 4x4 to 2x2, whose places are halfway between two old ones: there the bicubic
+    weights are -3/32, 19/32, 19/32, -3/32. Beyond the border the outermost place is repeated.
+    """
     position = torch.randn(1, 17, 8)
     bigger = beit.resize_pos_embed(position, 7)
     assert bigger.shape == (1, 50, 8) and torch.equal(bigger[:, 0], position[:, 0])
     assert beit.resize_pos_embed(position, 4) is position
-    constant = torch.ones(1, 17, 8)
-    assert torch.allclose(beit.resize_pos_embed(constant, 7), torch.ones(1, 50, 8), atol=1e-5)
+    weight = torch.tensor([-3, 19, 19, -3]) / 32
+    first = torch.stack([weight[0] + weight[1], weight[2], weight[3], torch.tensor(0.0)])
+    W = torch.stack([first, first.flip(0)])
+    expected = torch.einsum("ay,bx,yxd->abd", W, W, position[0, 1:].view(4, 4, 8))
+    smaller = beit.resize_pos_embed(position, 2)
+    assert torch.allclose(smaller[0, 1:].view(2, 2, 8), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("new, q", [(24, 1.0903), (32, 1.1349), (60, None)])
@@ -651,7 +723,7 @@ def test_relative_tables_are_interpolated_on_the_released_geometric_scale(new, q
 def test_shared_table_becomes_one_per_block_at_another_size():
     """A shared table, or E_pos, of a pre-trained model in a classifier for images twice the size.
 
-    Each block's table is the shared one, interpolated.
+    Each block's table is the shared one, interpolated; E_pos is interpolated.
     """
     for positions in ("shared", "absolute"):
         source = tiny_mim(positions=positions)
@@ -664,6 +736,8 @@ def test_shared_table_becomes_one_per_block_at_another_size():
             shared = source.rel_pos_bias.relative_position_bias_table.data
             expected = beit.resize_relative_table(shared, 8)
             assert torch.equal(model.blocks[1].attn.relative_position_bias_table, expected)
+        else:
+            assert torch.equal(model.pos_embed, beit.resize_pos_embed(source.pos_embed, 8))
 
 
 def test_classifier_continues_at_a_higher_resolution_with_its_head():
@@ -701,7 +775,7 @@ def test_segmentation_does_not_depend_on_the_batch():
 
 
 def test_sliding_window():
-    """slide() against the model on one crop, and against the mean where two crops overlap."""
+    """slide() against the model on one crop, and against the mean where crops overlap."""
     torch.manual_seed(0)
     model = finetune_seg.BeitForSegmentation(tiny_config(), 5, 8).eval()
     x = torch.randn(1, 3, 8, 8)
@@ -712,6 +786,12 @@ def test_sliding_window():
     assert logits.shape == (1, 5, 8, 13)
     assert torch.allclose(logits[..., :5], first[..., :5], atol=1e-5)
     assert torch.allclose(logits[..., 5:8], (first[..., 5:] + second[..., :3]) / 2, atol=1e-5)
+    large = torch.randn(1, 3, 13, 13)  # windows begin at 0 and 5 in both directions
+    logits = finetune_seg.slide(model, large)
+    corner, below = model(large[..., :8, :8]), model(large[..., 5:, :8])
+    assert torch.allclose(logits[..., 8:, :5], below[..., 3:, :5], atol=1e-5)
+    mean = (corner[..., 5:, :5] + below[..., :3, :5]) / 2
+    assert torch.allclose(logits[..., 5:8, :5], mean, atol=1e-5)
 
 
 def test_mean_iou_by_hand():
