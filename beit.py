@@ -297,8 +297,8 @@ class Beit(nn.Module):
         """
         size = self.config.image_size
         if x.shape[-2:] != (size, size):
-            H, W = x.shape[-2:]
-            raise ValueError(f"images are {H}x{W} pixels, the model needs {size}x{size}")
+            height, width = x.shape[-2:]
+            raise ValueError(f"images are {height}x{width} pixels, the model needs {size}x{size}")
         H = self.patch_embed(x)
         if mask is not None:
             H = torch.where(mask[:, :, None], self.mask_token.to(H.dtype), H)  # x^M: e_[M] in M

@@ -226,7 +226,7 @@ class DVAE(nn.Module):
     def tokens(self, x):
         """z, the likeliest code at each position, no noise: (B, 3, H, W) -> int64 (B, h, w).
 
-        bf16 cannot separate codes with close logits, and targets must not depend on the precision.
+        bf16 cannot separate codes with close logits, and targets should not depend on precision.
         """
         return self.encode(x, exact=True).argmax(-1)
 
@@ -265,7 +265,7 @@ class DVAE(nn.Module):
         return nll, squared_error
 
     def forward(self, x, tau, beta, e):
-        """Stage 1's loss (section 2.1; eq. 3's first term): (loss, its terms, batch statistics).
+        """Stage 1's loss (eq. 3's first term, and a KL): (loss, its terms, batch statistics).
 
         x: (B, 3, H, W) in [0, 1]; tau: temperature; beta: weight of the KL; e: Exp(1) noise of
         shape (B, h, w, |V|). Both terms are sums over one image divided by its number of pixel
@@ -274,7 +274,7 @@ class DVAE(nn.Module):
         """
         logits = self.encode(x)
         reconstruction, squared_error = self.reconstruction(x, gumbel_softmax(logits, tau, e))
-        kl = kl_to_uniform(logits)  # to the prior; of q itself, not of the noisy sample: (B, h, w)
+        kl = kl_to_uniform(logits)  # eq. 2's, to the prior; of q, not of the sample: (B, h, w)
         loss = reconstruction + beta * kl.sum((1, 2)).mean() / x[0].numel()
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach().mean()}
         return loss, terms, [squared_error.detach()]
@@ -342,7 +342,7 @@ class VQVAE(DVAE):
 
     @torch.no_grad()
     def revive_codes(self, parts, rank, world, seed):
-        """Move unused codes to random encoder outputs of the global batch.
+        """Move codes unused for about 230 steps to random encoder outputs of the global batch.
 
         This cures VQ-VAE's index collapse. In the first call no code has been used, so it is also
         the data-driven initialisation. parts: this process's images in pieces that fit in memory.

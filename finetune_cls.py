@@ -9,8 +9,8 @@
         --init runs/beit/checkpoint.pt --out runs/cls                         # one node of GPUs
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 finetune_cls.py ...
 
---batch-size is the global batch: processes x accumulation passes x images per pass. At 384 pixels:
---init runs/cls/checkpoint.pt --image-size 384; positions are interpolated.
+--batch-size is the global batch: processes x accumulation passes x images per pass. At 384 pixels
+(our rates): --init runs/cls/checkpoint.pt --image-size 384 --lr 4e-4 --epochs 10 --warmup-epochs 0
 OUT: checkpoint.pt, metrics.jsonl, loss.svg.
 """
 

@@ -24,7 +24,7 @@ from plumbing import command_line, memory, noise, pictures, processes, published
 from plumbing.run import Run, evaluate_only
 
 RECIPES = {
-    # name: (demo, fashion, photos, base, large, range, help). base, large: for ADE20K.
+    # name: (demo, fashion, photos, base, large, range, help). base: ADE20K; large: ours.
     "data": ("shapes", "fashion-scenes", None, None, None, "", "a set with masks (docs/data.md)"),
     "image_size": (24, 28, 112, 512, 512, "[1, 65536]", "pixels of crop and sliding window"),
     "train_images": (200, 200, 0, 0, 0, "[0, 1e9]", "train on this many drawn by the seed; 0: all"),
@@ -147,7 +147,8 @@ def evaluate(model, held_out, args, normalise, process):
         with process.autocast():
             guess = slide(model, x).argmax(1)  # (B, H, W)
         matrix += confusion_matrix(masks.to(device), guess, model.classes)
-    miou, pixel_accuracy = mean_iou(processes.all_sum(matrix))
+    matrix = processes.all_sum(matrix)
+    miou, pixel_accuracy = mean_iou(matrix)
     model.train()
     each = zip(held_out.source.mask_classes, class_iou(matrix).tolist())
     iou = {name: round(value, 2) for name, value in each if not math.isnan(value)}
@@ -229,9 +230,9 @@ def main(argv=None):
         for x, masks, u in run.passes(x, masks, u):
             with process.autocast():
                 logits = run.model(x, u).float()  # (B, C, H, W)
-            pixels = F.cross_entropy(logits, masks, ignore_index=sources.IGNORE, reduction="sum")
-            scaler.scale(pixels / count).backward()
-            total += (pixels / count).detach()
+            loss = F.cross_entropy(logits, masks, ignore_index=sources.IGNORE, reduction="sum")
+            scaler.scale(loss / count).backward()
+            total += (loss / count).detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         if run.allows(step, norm, lr):

@@ -1,7 +1,7 @@
 """Which patches to mask: Algorithm 1 (section 2.3), as released and as printed; random masking.
 
-What draws a mask takes a `random.Random`, so that a mask is a function of a seed, and returns a
-bool array (h, w), True = masked. `python masking.py` prints statistics on the paper's 14 x 14 grid.
+Every function that draws a mask takes a `random.Random`, so that a seed determines it, and returns
+a bool array (h, w), True = masked. `python masking.py` prints statistics of masks on 14 x 14.
 """
 
 import math
@@ -13,7 +13,7 @@ ASPECT = (0.3, 1 / 0.3)  # range of a block's aspect ratio r
 TRIES = 10  # draws of a block before the released generator gives up
 
 
-def target(h, w, ratio):
+def mask_count(h, w, ratio):
     """Number of patches to mask, an upper limit for blocks: 75/196 gives 75 on 14 x 14.
 
     Raises ValueError if the ratio masks no patch or every patch.
@@ -98,7 +98,7 @@ def most_masked(kind, grid, ratio, min_block):
     times `stretch`, and the last block adds to at most ratio * N patches.
     """
     if kind != "printed":
-        return target(grid, grid, ratio)
+        return mask_count(grid, grid, ratio)
     stretch = math.sqrt(ASPECT[0]) + math.sqrt(ASPECT[1])
     early, late = stretch * math.sqrt(ratio) * grid, min_block + stretch * math.sqrt(min_block)
     return min(grid**2, int(ratio * grid**2 + max(early, late) + 1))
@@ -109,7 +109,7 @@ def make_mask(kind, rng, grid, ratio, min_block):
 
     Raises ValueError on other names, and if the ratio or the blocks do not fit the grid.
     """
-    count = target(grid, grid, ratio)
+    count = mask_count(grid, grid, ratio)
     if kind == "random":
         return random_mask(rng, grid, grid, count)
     if kind == "none":

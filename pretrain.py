@@ -18,7 +18,7 @@ This is the second stage of the VAE view (section 2.4). The bound of eq. 2,
     log p(x | x~) >= E_(z ~ q_phi(z|x)) [ log p_psi(x|z) ] - KL[ q_phi(z|x), p_theta(z|x~) ],
 
 becomes eq. 3: E_z[log p_psi(x|z)], stage 1, plus log p_theta(z^|x~), stage 2, with the likeliest
-tokens z^. `evaluate` reports both, the first at z^ as well, in nats per image.
+tokens z^. `evaluate` reports both in nats per image, the first at z^, the second over M only.
 
 Each ablation of table 4 is a flag: --masking random, --target pixels, --recover all, and
 --masking none together with --recover all.
@@ -94,7 +94,7 @@ class BeitForMaskedImageModeling(Beit):
     def forward(self, x, mask, positions=None, u=None):
         """Logits W_c LN(h_i^L) + b_c: (B, 3, H, W), mask (B, N) -> (n, n_out).
 
-        positions: indices (image, i), int64 (n,) each; None: the masked ones, row by row.
+        positions: indices (image, i), int64 (n,) each; None: all masked positions, row by row.
         u: for stochastic depth, see Beit.forward.
         """
         if positions is None:
@@ -183,8 +183,8 @@ def evaluate(model, tokenizer, held_out, args, process):
     mim_loss: nats per predicted token, the masked ones (--recover all: every one). mim_accuracy:
     share of them whose likeliest prediction is right. commonest_token: the accuracy of always
     predicting the commonest token. token_entropy: the loss of always predicting the tokens' shares,
-    in nats. stage1_nats: log p_psi(x|z^); stage2_nats: log p_theta(z^|x~) of
-    the predicted tokens; both per image. For pixels only mim_loss, a mean squared error.
+    in nats. Per image: stage1_nats, log p_psi(x|z^) of all pixels; stage2_nats, log p_theta(z^|x~)
+    of the predicted tokens only. For pixels only mim_loss, a mean squared error.
     """
     model.eval()
     device, grid = process.device, model.config.grid

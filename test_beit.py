@@ -81,7 +81,7 @@ def test_printed_algorithm_stops_past_its_ratio():
 @pytest.mark.parametrize("kind", ["blockwise", "printed", "random"])
 @pytest.mark.parametrize("grid, ratio, block", [(4, 0.3, 2), (7, 0.4, 4), (24, 0.5, 16)])
 def test_masks_on_any_grid_are_a_function_of_the_seed(kind, grid, ratio, block):
-    """Equal seeds give equal masks and other seeds others; blocks mask at most target() patches.
+    """Equal seeds give equal masks and other seeds others; blocks mask at most mask_count().
 
     Random masking masks exactly as many; Algorithm 1 as printed may overshoot.
     """
@@ -90,9 +90,9 @@ def test_masks_on_any_grid_are_a_function_of_the_seed(kind, grid, ratio, block):
     assert all(m.shape == (grid, grid) and m.dtype == bool and m.any() for m in a)
     assert np.array_equal(a, b) and not all(np.array_equal(a[0], m) for m in a)
     if kind == "blockwise":
-        assert max(m.sum() for m in a) <= masking.target(grid, grid, ratio)
+        assert max(m.sum() for m in a) <= masking.mask_count(grid, grid, ratio)
     if kind == "random":
-        assert {m.sum() for m in a} == {masking.target(grid, grid, ratio)}
+        assert {m.sum() for m in a} == {masking.mask_count(grid, grid, ratio)}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, 0.001])

@@ -41,7 +41,7 @@ RECIPES = {
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
     "tau": (*(1 / 16,) * 5, "[1e-4, 1e4]", "final temperature of Gumbel-softmax; cosine from 1"),
     "tau_steps": (300, 350, 500, 150_000, 150_000, "[0, 1e9]", "steps until the final temperature"),
-    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final weight of the KL beside -log p(x|z)"),
+    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final KL weight beside the image's loss"),
     "beta_steps": (0, 0, 0, 5000, 5000, "[0, 1e9]", "steps until the final KL weight"),
     # optimisation
     "steps": (600, 700, 1000, 3_000_000, 3_000_000, "[1, 1e9]", "optimisation steps"),
@@ -163,13 +163,13 @@ def main(argv=None):
         beta = schedules.ramp(step, args.beta_steps, args.beta)
         x = batches.to_float(images, device)
         revive_codes(model, x, step, args, process)  # VQ-VAE only
-        parts, statistics = [], []
-        for part, (x,) in enumerate(run.passes(x), start=process.rank * args.accumulate):
-            e = noise.code_noise(model.config, x, args.seed, step, part)
+        passes, statistics = [], []
+        for number, (x,) in enumerate(run.passes(x), start=process.rank * args.accumulate):
+            e = noise.code_noise(model.config, x, args.seed, step, number)
             with process.autocast():
                 loss, terms, of_pass = run.model(x, tau, beta, e)
             scaler.scale(loss / args.accumulate).backward()
-            parts.append({"loss": loss.detach(), **terms})
+            passes.append({"loss": loss.detach(), **terms})
             statistics.append(of_pass)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -180,7 +180,7 @@ def main(argv=None):
                 average.update_parameters(model)
         scaler.update()
         optimizer.zero_grad()
-        run.report(**log.means(parts), tau=tau, beta=beta, lr=lr)
+        run.report(**log.means(passes), tau=tau, beta=beta, lr=lr)
     run.finish(measure, draw)
 
 

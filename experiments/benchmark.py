@@ -41,7 +41,7 @@ from experiments import HERE, benchmark_attention, costs
 from experiments.machine import default_precision, machine
 from experiments.oracles import import_oracle, timm_beit, transformers_config
 from images import sources, views
-from masking import make_mask, target
+from masking import make_mask, mask_count
 from plumbing import clock, command_line, processes
 from pretrain import BeitForMaskedImageModeling, fixed_count, recovery_loss
 
@@ -85,7 +85,7 @@ def ours(config, device, compile_model=False):
 
     def loss(x, mask, z):
         u = torch.rand(len(x), config.depth, 2, device=x.device)
-        positions = fixed_count(mask, len(x) * target(GRID, GRID, MASKED))
+        positions = fixed_count(mask, len(x) * mask_count(GRID, GRID, MASKED))
         prediction = train_model(x, mask, positions, u)
         return (loss_of(prediction, z[positions]) * mask[positions]).sum() / mask.sum()
 

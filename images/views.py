@@ -33,7 +33,7 @@ def random_box(rng, height, width, min_area):
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # the centre at 4:3
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # 3:4 to 4:3
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -15,7 +15,10 @@ def ramp(step, steps, end):
 
 
 def warmup_cosine(step, steps, warmup, peak, final):
-    """Learning rate: linear to `peak` in `warmup` steps, then half a cosine to `final`."""
+    """Learning rate: linear to `peak` in `warmup` steps, then half a cosine to `final`.
+
+    Step 0 has peak / warmup; the authors' warm-up starts at 0.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     return cosine(step - warmup, steps - warmup, peak, final)
