@@ -20,6 +20,7 @@ The documents' tables come from the copies of results.json in docs/results/RECIP
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def parse(argv):
     command_line.add_number(parser, "--jobs", int, "[1, 1024]", jobs, default=cores)
     add("--documents", action="store_true", help="only fill the tables of README.md and docs/*.md")
     args = parser.parse_args(argv)
+    if args.documents and (len(sys.argv[1:]) if argv is None else len(argv)) > 1:
+        parser.error("--documents takes no other flag")
     if args.budgets and args.recipe == "demo":
         parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")
     if (args.tokenizers or args.masks) and args.recipe != "photos":
@@ -73,11 +76,17 @@ def parse(argv):
 
 
 def check_folder(out, resume):
-    """Raise ValueError if OUT is not empty, except to resume."""
-    if out.exists() and any(out.iterdir()) and not resume:
+    """Raise ValueError if OUT is not empty, except to resume a run of this program."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder: choose a new one")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not resume:
         raise ValueError(
             f"{out} is not empty: choose another --out, or --resume to keep its finished stages"
         )
+    if not (out / "commands.txt").exists():
+        raise ValueError(f"--resume: {out} holds no run of reproduce.py: choose another --out")
 
 
 def run(args):

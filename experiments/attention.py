@@ -364,7 +364,7 @@ def main(argv=None):
     if (args.measure > 0) == bool(args.out) or (args.measure and (args.images or args.points)):
         parser.error("give --out (and images, --points) for a picture, or --measure N")
     if args.out:
-        outputs.check_new(args.out, args.data)
+        outputs.check_new(args.out, args.data, (".png",))
     models, normalise = load_models(args.checkpoint, normalise=args.normalise)
     if args.measure:
         print_measure(models, normalise, args)

@@ -209,7 +209,7 @@ def check_run(args):
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
         raise ValueError(f"features run in one process, not {count}: start them without torchrun")
-    outputs.check_new(args.out, args.data)
+    outputs.check_new(args.out, args.data, (".npz",))
 
 
 def open_parts(args):

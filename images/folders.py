@@ -79,6 +79,7 @@ def open_split(root, split, names, make):
     """
     folders = [(part, root / name) for part in names for name in reversed(names[part])]
     given = {part: folder for part, folder in folders if folder.is_dir()}
+    check_split_names(root, {folder.name for _, folder in folders})
     if split in given and (split != "train" or "val" in given):
         return make(given[split])
     if split == "test":
@@ -99,6 +100,13 @@ def open_split(root, split, names, make):
     part = sources.subset(source, np.flatnonzero(held_out == (split == "val")))
     part.name = f"{pool} {split}"
     return part
+
+
+def check_split_names(root, names):
+    """Raise ValueError for a folder such as Train, which would be taken for a class."""
+    for folder in root.iterdir():
+        if folder.name.lower() in names - {folder.name} and folder.is_dir():
+            raise ValueError(f"{folder}: rename it to {folder.name.lower()}, the name of a split")
 
 
 def held_out_by_hash(paths, pool):
@@ -158,8 +166,9 @@ def labelled_files(pool, explicit):
     names = [first for first, *rest in parts if rest]
     classes = sorted(set(names))
     if len(names) < len(paths):
-        outside = f"{len(paths) - len(names)} of them" if names else "they"
-        say(f"{pool}: {len(paths)} images without class labels: {outside} lie in no subfolder")
+        outside = next(path.name for path, (_, *rest) in zip(paths, parts) if not rest)
+        count = f"{len(paths) - len(names)} of them, such as {outside}," if names else "they"
+        say(f"{pool}: {len(paths)} images without class labels: {count} lie in no subfolder")
         return paths, None, []
     if not explicit:
         shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
@@ -202,7 +211,7 @@ def masked_source(root, split):
         masks = [mask_of(path) for path in paths]
         for mask in masks:
             if not mask.is_file():
-                raise ValueError(f"{mask} is missing: every image needs an annotation of its name")
+                raise ValueError(f"{mask} is missing: every image needs a mask of its name, a PNG")
         surveyed = surveyed_files(images, MASK_SPLITS, pool)
         checked = tuple(map(mask_of, surveyed))
         return sources.Files(

@@ -21,8 +21,8 @@ class MaskedImages(views.Samples):
     def __init__(self, args, source, classes, normalise, train):
         if source.masks is None:
             raise ValueError(
-                f"{source.name}: it has no masks, which segmentation needs; of the named sets, "
-                "shapes and fashion-scenes have them"
+                f"{source.name}: it has no masks, which segmentation needs: a folder holds images/ "
+                "and annotations/; of the named sets, shapes and fashion-scenes have masks"
             )
         super().__init__(source, train, args.seed)
         source.check()

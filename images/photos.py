@@ -53,6 +53,12 @@ def readable(path):
         raise Unreadable(f"{path} is not a readable image: {error}") from error
 
 
+def check_installed(path):
+    """Raise ValueError if Pillow, which reading `path` needs, is not installed."""
+    with readable(path):
+        pass
+
+
 def orientation(image):
     """The EXIF orientation of a Pillow image: 1 (upright, also without EXIF data) to 8."""
     try:
@@ -64,10 +70,11 @@ def orientation(image):
 class Photo:
     """An image file. Making one reads only its header; Unreadable names a file that has none.
 
-    size: height and width in pixels, upright. depth: bits that 16-bit images of its set use.
+    size: height and width in pixels, upright. depth: bits that 16-bit images of its set use; None
+    for an image by itself: 16, or those of its largest value if they are at most 12.
     """
 
-    def __init__(self, path, depth=FULL_DEPTH):
+    def __init__(self, path, depth=None):
         self.path, self.depth = path, depth
         with readable(path) as pillow:
             if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
@@ -113,14 +120,23 @@ class Photo:
         """
         image = self.load(scale)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert() would clip at 255
-            shift = max(self.depth - 8, 0)
-            grey = np.array(image).astype(np.int64) >> shift
+            grey = np.array(image).astype(np.int64)
+            depth = self.depth or self.own_depth(int(grey.max(initial=0)))
+            grey >>= max(depth - 8, 0)
             if grey.max(initial=0) > 255:
-                say_clipped(self.depth)
+                say_clipped(depth)
             grey = grey.clip(0, 255).astype(np.uint8)
             return np.repeat(grey[None, ..., None], 3, axis=3)
         with readable(self.path):
             return np.array(image.convert("RGB"))[None]
+
+    def own_depth(self, largest):
+        """The depth of an image by itself, whose largest value is this; said if it is not 16."""
+        bits = max(largest.bit_length(), 8)
+        if bits > 12:
+            return FULL_DEPTH
+        log.note(f"{self.path}: 16-bit grey with values up to {largest}, read as {bits} bits")
+        return bits
 
 
 @functools.cache  # once in each process

@@ -131,7 +131,7 @@ class Files:
         classes=(),
         mask_classes=(),
         first_class=0,
-        depth=photos.FULL_DEPTH,
+        depth=None,
         mask_check=None,
     ):
         self.name, self.paths, self.masks = name, paths, masks
@@ -213,8 +213,13 @@ def check_names(held_out, trained, source):
     """
     if held_out != trained[: len(held_out)]:
         wrong = next(name for c, name in enumerate(held_out) if trained[c : c + 1] != [name])
-        why = "has another number than" if wrong in trained else "is not"
-        raise ValueError(f"{source.name}: class {wrong!r} {why} in the training set")
+        missing = next((name for name in trained if name not in held_out), None)
+        if wrong not in trained or missing is None:
+            raise ValueError(f"{source.name}: class {wrong!r} is not one of those trained on")
+        raise ValueError(
+            f"{source.name}: it has no class {missing!r}, so that {wrong!r} has another number "
+            "than in training: add images of it"
+        )
 
 
 def balanced_subset(source, per_class, seed):

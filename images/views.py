@@ -77,15 +77,20 @@ def crop_resize(images, boxes, size, kernel):
     return torch.cat([F.interpolate(c, (size, size), mode=kernel, antialias=True) for c in crops])
 
 
+NAMED = 20  # unreadable files to name; further ones are only counted
+
+
 class Samples(Dataset):
     """A source for training or evaluation. __getitems__ takes a batch of keys (epoch, index).
 
     In evaluation an unreadable file is an error. In training it is named on stderr, counted in
-    `skipped` and replaced by the next readable one.
+    `skipped` and replaced by the next readable one. Raises ValueError for files without Pillow.
     """
 
     def __init__(self, source, train, seed):
         self.source, self.train, self.seed = source, train, seed
+        if isinstance(source, sources.Files):
+            photos.check_installed(source.paths[0])
         self.one_size = True  # can its samples be stacked into a batch in evaluation?
         self.skipped = torch.zeros(
             1, dtype=torch.int64
@@ -118,8 +123,14 @@ class Samples(Dataset):
                 if not self.train:
                     raise
                 self.skipped += 1
-                print(f"skipped: {error}", file=sys.stderr)
-        raise ValueError(f"{self.source.name}: {tries} files in a row cannot be read")
+                last = error
+                if self.skipped <= NAMED:
+                    print(f"skipped: {error}", file=sys.stderr)
+                if self.skipped == NAMED:
+                    print("skipped: further files are only counted", file=sys.stderr)
+        raise ValueError(
+            f"{self.source.name}: {tries} files in a row cannot be read or used; the last: {last}"
+        )
 
 
 class Crops(Samples):

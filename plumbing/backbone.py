@@ -21,6 +21,11 @@ def block_count(state, prefix):
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
 
+def assumed_heads(dim):
+    """The number of heads of published models, by their width; of E_pos's nothing else tells it."""
+    return max(1, dim // 64)
+
+
 def inferred_config(state):
     """Infer the fields of BeitConfig, as a dict, from a state dict under the released names.
 
@@ -50,7 +55,7 @@ def inferred_config(state):
         shared = "rel_pos_bias.relative_position_bias_table" in state
     else:
         grid = math.isqrt(max(positions[1] - 1, 0))
-        heads = max(1, dim // 64)
+        heads = assumed_heads(dim)
     if not heads or dim % heads:
         raise ValueError(f"{not_beit}: width {dim} is not a multiple of {heads} heads")
     return {

@@ -6,6 +6,7 @@ model's configuration), model (state dict), step, optimizer, scaler, arguments (
 torch (its version), and what a script adds, such as normalise or classes.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -152,6 +153,13 @@ def lock(out):
     file.write(json.dumps(owner))
     file.flush()
     LOCKS.append(file)
+
+
+@atexit.register
+def release_locks():
+    """Close the lock files as the process ends."""
+    for file in LOCKS:
+        file.close()
 
 
 def read_lock(out):
@@ -382,7 +390,8 @@ def arguments_of(path, parser, names=None):
         return {}
     saved = entries.check(path, state, *entries.KINDS)["arguments"]
     saved = {name: value for name, value in saved.items() if names is None or name in names}
-    entries.check_flags(path, saved, parser)
+    if names or saved.keys() <= flags_of(parser):  # a run of another script is refused as such
+        entries.check_flags(path, saved, parser)
     return saved
 
 

@@ -107,7 +107,10 @@ class Clock:
             return
         ahead = 2 * loader.num_workers  # batches that loader processes prepare in advance
         if len(loader) < (least := 1 + ahead + self.steps):
-            raise ValueError(f"--benchmark {self.steps} needs a run of {least} steps")
+            raise ValueError(
+                f"--benchmark {self.steps} needs a run of {least} steps, and this has "
+                f"{len(loader)}: lower it, or lengthen the run"
+            )
         loader = iter(loader)
         first = next(loader)
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):

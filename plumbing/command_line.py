@@ -270,8 +270,8 @@ def check_values(parser, args):
 def remember_flags(parser, argv, size_of_init):
     """Take flags that are not given from a checkpoint: with --resume all, with --init the sizes.
 
-    size_of_init: recipes whose sizes are those of --init. With --eval, the settings of evaluation
-    are those of --init too. A tokenizer's quantizer always is.
+    size_of_init: recipes whose sizes are those of --init. With --eval, the data and the settings of
+    evaluation are those of --init too. A tokenizer's quantizer always is.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--resume", "--eval"):
@@ -284,7 +284,7 @@ def remember_flags(parser, argv, size_of_init):
         return
     if given.init and Path(given.init).is_file() and not given.resume:
         names = {"quantizer"} | ({*SIZES} if (given.recipe or "demo") in size_of_init else set())
-        names |= {*EVALUATION} if given.eval else set()
+        names |= {*EVALUATION, "data", "data_dir"} if given.eval else set()
         names &= checkpoints.flags_of(parser)
         parser.set_defaults(**checkpoints.arguments_of(given.init, parser, names))
     if not (given.resume and given.out):

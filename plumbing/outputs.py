@@ -12,17 +12,19 @@ import tempfile
 from pathlib import Path
 
 
-def check_new(path, data=None):
+def check_new(path, data=None, suffixes=()):
     """Check, before any work, that a file or folder can be made at `path`.
 
-    data: --data, or None. Raises ValueError if `path` exists, its folder does not or is read-only,
-    or it lies in the folder `data`.
+    data: --data, or None; suffixes: those that the file may have, if not any. Raises ValueError if
+    `path` has another, exists, lies in `data`, or its folder does not exist or is read-only.
     """
     path = Path(path)
-    if os.path.lexists(path) or not path.parent.is_dir():
-        raise ValueError(
-            f"{path} exists already or its folder does not: choose a new name in an existing folder"
-        )
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already: choose a new name")
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path}: name a new file that ends in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}: make it, or choose another")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: nothing can be written to its folder: choose another one")
     check_outside(path, data)

@@ -107,7 +107,8 @@ def load_init(args, *kinds):
     if args.init == "random":
         return None, "half" if args.normalise == "auto" else args.normalise
     init = load_pretrained(checkpoints.start_of(args), *kinds, normalise=args.normalise)
-    note_size(init, args.image_size)
+    if not args.eval:  # which takes the weights' own size
+        note_size(init, args.image_size)
     return init, init["normalise"]
 
 
@@ -162,6 +163,8 @@ def load_pretrained(path, *kinds, normalise="auto"):
         needed = ", ".join(kinds)
         raise ValueError(f"{path} is a {found['kind']} checkpoint; this needs one of: {needed}")
     backbone.check(path, found)
+    if config["positions"] == "absolute":
+        log.note(f"{path} does not record its heads: assuming {config['heads']}, each 64 wide")
     if normalise == "auto":
         log.note(
             f"{path} does not record pixel mean and std: assuming 0.5, right for files pre-trained "
@@ -277,7 +280,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     if args.destination:
-        outputs.check_new(args.destination)
+        outputs.check_new(args.destination, suffixes=(".pth", ".pt", ".safetensors"))
     found = load_pretrained(args.weights, *entries.TRAINED)
     state = found["model"]
     print(f"{found['kind']}, {sum(value.numel() for value in state.values()):,} parameters")
@@ -297,6 +300,12 @@ def main(argv=None):
             )
         state = to_transformers(state)
     weights.write(args.destination, state)
+    heads, assumed = found["config"]["heads"], backbone.assumed_heads(found["config"]["dim"])
+    lost = found["config"]["positions"] == "absolute" and heads != assumed
+    print(
+        f"wrote {args.destination} with the names of {args.names}; it does not hold the pixel mean "
+        f"and std, the names of classes{f' or that the model has {heads} heads' if lost else ''}"
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from plumbing import checkpoints, entries, outputs, pictures, processes, signals
 from plumbing.clock import Clock
 from plumbing.log import Estimate, Log, note
 
+FEW = 20  # held-out images
+
 
 class Run:
     """A run of `steps` steps. Constructing it opens --out, then resumes or saves step 0.
@@ -97,6 +99,8 @@ class Run:
         steps = f"{self.total:,} steps of {args.batch_size:,} images ({epochs:.3g} epochs)"
         steps += f", {self.first:,} of them done" if self.first else ""
         note(f"training on {len(train_set):,} images, {images}; {steps}")
+        if held_out < FEW:
+            note(f"{held_out} held-out images say little: give the data a folder val with more")
 
     def all_sum(self, count):
         """Sum of a whole number over all processes, a tensor without dimensions.
@@ -143,8 +147,12 @@ class Run:
             self.show(done, values, draw)
 
     def show(self, done, values, draw):
-        """After an evaluation draw the pictures again; warn once, not in the first half, if bad."""
-        warning = self.warn(values) if self.warn and 2 * done >= self.total else None
+        """After an evaluation draw the pictures again; warn once if it is bad.
+
+        Not in the first half, and not if there are few images, whose tokens differ little.
+        """
+        enough = 2 * done >= self.total and len(self.held_out) >= FEW
+        warning = self.warn(values) if self.warn and enough else None
         if warning:
             note(f"warning: {warning}")
             self.warn = None

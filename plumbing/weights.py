@@ -30,7 +30,8 @@ def read(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise Damaged(f"there is no checkpoint {path}")
+        inside = f": it is a folder, name {path / 'checkpoint.pt'}" if path.is_dir() else ""
+        raise Damaged(f"there is no checkpoint {path}{inside}")
     if path.suffix == ".safetensors":
         load = safetensors_for(path).torch.load_file
     else:
@@ -48,8 +49,8 @@ def read(path):
             ) from error
         if refused := forbidden(error):
             raise ValueError(f"{path} is refused: it asks for {refused}") from error
-        reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise Damaged(f"{path} is not a whole file of weights: {reason}") from error
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise Damaged(f"{path} is not a whole file of weights{reason}") from error
 
 
 def check_archive(path):

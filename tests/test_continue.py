@@ -362,6 +362,10 @@ def test_a_run_of_another_script_is_not_resumed(made, capsys):
         pretrain.main(["--resume", "--out", str(made / "tokenizer")])
     error = capsys.readouterr().err
     assert "is a run of another script" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(["--resume", "--out", str(made / "cls")])
+    error = capsys.readouterr().err
+    assert "is a run of another script" in error and error.count("\n") == 1
 
 
 # -------------------------------------------------------- what a file may hold

@@ -40,8 +40,8 @@ DATA = {  # case: (script, flags, what the line must say)
     "no archive": ("cls", "--data {wrong}/noise.npz", "not a whole array file"),
     "half an archive": ("cls", "--data {wrong}/half.npz", "not a whole array file"),
     "other classes": ("cls", "--data {wrong}/zoo",
-                      "class 'bee' has another number than in the training set"),
-    "new class": ("cls", "--data {wrong}/new", "class 'ape' is not in the training set"),
+                      "it has no class 'ant', so that 'bee' has another number"),
+    "new class": ("cls", "--data {wrong}/new", "class 'ape' is not one of those trained on"),
     "too few labels": ("cls", "--labels-per-class 9", "has 8 images, not 9"),
     "large batch": ("cls", "--batch-size 64", "fewer than the batch size 64"),
 }  # fmt: skip
@@ -52,6 +52,7 @@ FILES = {
     "half a checkpoint": ("cls", "--init {wrong}/half.pt", "not a whole file of weights"),
     "code in a checkpoint": ("cls", "--init {wrong}/code.pt",
                              "is refused: it asks for posix.mkdir"),
+    "a folder": ("cls", "--init {made}/beit", "it is a folder, name {made}/beit/checkpoint.pt"),
     "no checkpoint": ("cls", "--init {wrong}/none.pt", "there is no checkpoint"),
     "output not empty": ("cls", "--out {wrong}/full", "not an empty folder"),
     "nothing to resume": ("cls", "--out {wrong}/full --resume", "no checkpoint.pt in"),
@@ -185,6 +186,7 @@ def test_bad_input_ends_with_one_line_and_status_2(
     with pytest.raises(SystemExit) as stopped, command_line.one_line_errors():
         short_runs.MODULES[stage].main(flags)
     error = capsys.readouterr().err
+    says = says.replace("{made}", str(made))
     assert stopped.value.code == 2 and says in error and error.count("\n") == 1, error
     assert not (tmp_path / "new" / "checkpoint.pt").exists()
     assert not (wrong / "ran").exists()

@@ -327,6 +327,18 @@ def test_grid14_plans_what_it_runs(no_processes, tmp_path):
         reproduce.main(["--grid14", "--out", str(tmp_path / "demo")])
 
 
+def test_a_folder_of_something_else_is_not_resumed(tmp_path):
+    """--resume in a folder with other files, and --out that is a file: refused, nothing written."""
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no run of reproduce.py"):
+        reproduce.main(["--resume", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="is not a folder"):
+        reproduce.main(["--resume", "--out", str(tmp_path / "mine.txt")])
+    with pytest.raises(SystemExit):
+        reproduce.main(["--documents", "--seeds", "3"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_report_and_models_exist_for_every_recipe():
     """Each column of RECIPES has a smaller model that exists, and its report can be written."""
     for recipe, model in zip(paper.COLUMNS, paper.RECIPES["small_model"]):

@@ -230,8 +230,10 @@ def test_refusals(checkpoint, made, arrays, tmp_path, monkeypatch):
     old.write_bytes(b"mine")
     with pytest.raises(ValueError, match="old.npz exists already"):
         run(checkpoint, arrays, old)
-    with pytest.raises(ValueError, match="its folder does not"):
+    with pytest.raises(ValueError, match="there is no folder .*none"):
         run(checkpoint, arrays, tmp_path / "none" / "F.npz")
+    with pytest.raises(ValueError, match="F.txt: name a new file that ends in .npz"):
+        run(checkpoint, arrays, tmp_path / "F.txt")
     out = tmp_path / "F.npz"
     with pytest.raises(ValueError, match="is a tokenizer checkpoint"):
         run(made / "tokenizer" / "checkpoint.pt", arrays, out)

@@ -156,15 +156,19 @@ def test_only_the_linear_layer_is_new_for_other_classes():
 
 
 def test_published_weights_say_which_pixel_statistics_they_get(tmp_path, capsys):
-    """auto: half, in one line that names the flag; a flag is silent and taken."""
+    """auto: half, in one line that names the flag; a flag is silent and taken.
+
+    With E_pos another line says how many heads are assumed.
+    """
     config = beit.BeitConfig(8, 2, 64, 2, 1, positions="absolute", layer_scale=0.0)
     weights.write(tmp_path / "bare.pth", beit.Beit(config).state_dict())
     found = published.load_pretrained(tmp_path / "bare.pth", "pretraining")
     said = capsys.readouterr().out
-    assert found["normalise"] == "half" and said.count("\n") == 1
+    heads = f"{tmp_path}/bare.pth does not record its heads: assuming 1, each 64 wide\n"
+    assert found["normalise"] == "half" and said.count("\n") == 2 and said.startswith(heads)
     assert "--normalise imagenet" in said and "bare.pth" in said
     found = published.load_pretrained(tmp_path / "bare.pth", "pretraining", normalise="imagenet")
-    assert found["normalise"] == "imagenet" and not capsys.readouterr().out
+    assert found["normalise"] == "imagenet" and capsys.readouterr().out == heads
 
 
 def test_normalise_and_layer_scale_are_flags(arrays, made, tmp_path):

@@ -50,7 +50,7 @@ def test_images_at_any_depth_without_classes(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3
     assert "2 files are not readable images: 1 .mp4, 1 .txt" in said[0]
-    assert "12 images without class labels: 1 of them lie in no subfolder" in said[1]
+    assert "12 images without class labels: 1 of them, such as top.JPG, lie in no sub" in said[1]
     assert f"{len(val)} of 12 images are held out as val" in said[2]
 
 
@@ -64,6 +64,13 @@ def test_first_level_subfolders_are_classes(tmp_path, capsys):
     for path, label in zip(source.paths, source.labels):
         assert path.relative_to(tmp_path).parts[0] == classes[label]
     assert "120 images; class = subfolder, 2 of them: cat, dog" in capsys.readouterr().out
+
+
+def test_a_split_in_capitals_is_not_a_class(tmp_path):
+    """Train/ and Val/ would be two classes, and val's pictures would be trained on."""
+    touch(tmp_path, "Train/cat/1.png", "Val/cat/2.png")
+    with pytest.raises(ValueError, match="Train: rename it to train|Val: rename it to val"):
+        sets.open_source(str(tmp_path), "train")
 
 
 def test_train_without_class_folders_is_unlabelled(tmp_path, capsys):
@@ -305,6 +312,12 @@ def test_brighter_16_bit_images_and_transparency_are_said(pillow, tmp_path, caps
     photos.say_clipped.cache_clear()
     assert (photos.Photo(tmp_path / "deep" / "a.png", depth=12).pixels() == 255).all()
     assert "16-bit images have values above 4095" in capsys.readouterr().out
+    twelve = np.full((8, 8), 2048, np.uint16)  # half of the range of 12 bits
+    twelve[0] = 4080
+    save_all(pillow, tmp_path / "twelve", {"a.png": twelve})
+    pixels = sources.Files("one", [tmp_path / "twelve" / "a.png"]).read([0])
+    assert pixels[0, 4, 4].tolist() == [128] * 3
+    assert "a.png: 16-bit grey with values up to 4080, read as 12 bits" in capsys.readouterr().out
     clear = {f"{index}.png": np.zeros((8, 8, 4), np.uint8) for index in range(3)}
     save_all(pillow, tmp_path / "clear", clear)
     sets.open_source(str(tmp_path / "clear"), "train")

@@ -507,6 +507,20 @@ def test_broken_image_is_skipped_counted_and_named(name, tmp_path, capsys):
         views.Crops(source, [(8, "bicubic")], False).__getitems__([(-1, 0)])
 
 
+def test_many_broken_images_are_named_up_to_a_limit(tmp_path, capsys):
+    """The first NAMED are named, the others counted; if all are broken the error names one."""
+    for index in range(views.NAMED + 9):
+        (tmp_path / f"{index:03}.png").write_bytes(b"no image")
+    source = sets.open_source(str(tmp_path), "train")
+    pytest.importorskip("PIL")
+    crops = views.Crops(source, [(8, "bicubic")], True)
+    with pytest.raises(ValueError, match="cannot be read or used; the last: .*png is not a read"):
+        crops.__getitems__([(0, 0)])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == views.NAMED + 1 and said[-1] == "skipped: further files are only counted"
+    assert crops.problems() == {"skipped": len(source)}
+
+
 def test_unusual_images_are_read_right(tmp_path):
     """Pixels read against those written, up to 3 of 255.
 

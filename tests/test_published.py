@@ -1,5 +1,6 @@
 """Weights from elsewhere: golden values of other implementations, published files, DALL-E."""
 
+import argparse
 import re
 import sys
 import types
@@ -13,7 +14,7 @@ import dvae
 import finetune_cls
 import pretrain
 from experiments import short_runs, verify
-from plumbing import log, published, weights
+from plumbing import checkpoints, log, published, weights
 
 # -------------------------------------------------------- golden values
 
@@ -123,6 +124,22 @@ def test_weights_from_elsewhere_are_strict(tmp_path):
             beit.load_backbone(beit.Beit(beit.BeitConfig(**found["config"])), found["model"])
 
 
+def test_an_export_says_what_it_does_not_hold(tmp_path, capsys):
+    """Two heads of width 32, which nobody can tell from E_pos, are named; one of 64 is not."""
+    for dim, lost in ((64, " or that the model has 2 heads"), (128, "")):
+        config = beit.BeitConfig(8, 4, dim, 1, 2, positions="absolute", layer_scale=0.0)
+        model = pretrain.BeitForMaskedImageModeling(config, 5)
+        args = argparse.Namespace(seed=0)
+        out = tmp_path / str(dim)
+        out.mkdir()
+        optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+        more = {"normalise": "half", "predicts": "pixels"}
+        checkpoints.save(out, "pretraining", args, 0, model, optimizer, scaler, more)
+        published.main([str(out / "checkpoint.pt"), str(out / "new.pth")])
+        said = capsys.readouterr().out
+        assert f"the names of classes{lost}\n" in said and "with the names of released" in said
+
+
 def without(state, part):
     """A state dict without the entries whose name contains `part`."""
     return {key: value for key, value in state.items() if part not in key}
@@ -180,7 +197,7 @@ def test_export_refuses_to_overwrite(made, tmp_path):
     pretrained, segmenter = (str(made / stage / "checkpoint.pt") for stage in ("beit", "seg"))
     with pytest.raises(ValueError, match="exists already"):
         published.main([pretrained, str(tmp_path / "there.pth")])
-    with pytest.raises(ValueError, match="its folder does not"):
+    with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         published.main([pretrained, str(tmp_path / "nowhere" / "new.pth")])
     with pytest.raises(ValueError, match="no model with this deconvolution head"):
         published.main([segmenter, str(tmp_path / "seg.pth"), "--names", "transformers"])

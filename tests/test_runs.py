@@ -161,12 +161,17 @@ def test_linear_probe_trains_norm_and_head_only(arrays, tmp_path):
 
 @pytest.mark.parametrize("stage, metric", [("cls", "top1"), ("seg", "miou")])
 def test_evaluate_only_repeats_the_final_result(stage, metric, arrays, made, capsys):
-    """What --eval prints against the final record of the run that made the checkpoint."""
-    init = ["--eval", "--init", str(made / stage / "checkpoint.pt")]
-    flags = [*init, "--data", arrays, "--device", "cpu", "--amp", "off"]
+    """What --eval prints against the final record of the run that made the checkpoint.
+
+    The data are those of the run, and nothing is interpolated, whatever the recipe's size.
+    """
+    init = ["--eval", "--init", str(made / stage / "checkpoint.pt"), "--recipe", "photos"]
+    flags = [*init, "--device", "cpu", "--amp", "off"]
     short_runs.MODULES[stage].main(flags)
     final = log.read_metrics(made / stage)[-1]
-    assert f"{metric} {final[metric]:.5g}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{metric} {final[metric]:.5g}" in said
+    assert f"images of {arrays}, 16 x 16 pixels" in said and "interpolated" not in said
 
 
 @every_script
@@ -186,6 +191,6 @@ def test_benchmark_times_every_part_and_writes_nothing(
         assert all(value >= 0 for value in times.values()) and times["backward"] > 0
     assert float(re.search(r"peak memory ([\d.]+) GiB", printed)[1]) > 0.05
     assert re.search(r"\nthis run: \d+ steps, about \d+ \w+ on 1 process\n$", printed)
-    with pytest.raises(ValueError, match="--benchmark 4 needs a run of 5 steps"):
+    with pytest.raises(ValueError, match="--benchmark 4 needs a run of 5 steps, and this has"):
         short_runs.MODULES[stage].main([*flags[:-1], "4"])
     assert not list(tmp_path.iterdir())

@@ -228,6 +228,16 @@ def test_warning_is_printed_once(bad, tmp_path, capsys):
     assert warnings == [f"number {number}" for number in bad if number > 0][:1]
 
 
+def test_few_held_out_images_are_said_and_give_no_warning(tmp_path, capsys):
+    """The entropy of a few images' tokens is low, and a loss above it says nothing."""
+    run = make_run(tmp_path)
+    run.held_out = Pictures(19)
+    train(run, warn=lambda values: "bad")
+    said = capsys.readouterr().out
+    assert "19 held-out images say little: give the data a folder val" in said
+    assert "warning" not in said
+
+
 def test_evaluate_only_prints_the_numbers_and_draws(tmp_path, capsys):
     """--eval with --out: the folder exists before the measurement; without it nothing is drawn."""
     out, drawn = tmp_path / "a" / "look", []
