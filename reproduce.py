@@ -85,7 +85,7 @@ def check_folder(out, resume):
         raise ValueError(
             f"{out} is not empty: choose another --out, or --resume to keep its finished stages"
         )
-    if not (out / "commands.txt").exists():
+    if not (out / "results.json").exists():
         raise ValueError(f"--resume: {out} holds no run of reproduce.py: choose another --out")
 
 

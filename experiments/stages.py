@@ -350,7 +350,9 @@ class Runner:
         found = {}
         scenes = self.settings["scenes"]
         outputs.check_outside(self.out, scenes)
-        for name in {self.settings["data"], scenes} - {DRAWN, None}:
+        for name in dict.fromkeys([scenes, self.settings["data"]]):  # which may take a while
+            if name in (DRAWN, None):
+                continue
             for split in ("train", "test"):
                 source = sets.open_source(name, split, self.data_dir)
                 source.read([0])  # image files need Pillow: fail now, not in hours

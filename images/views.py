@@ -121,7 +121,9 @@ class Samples(Dataset):
                 return [reader(moved) for reader in readers]
             except photos.Unreadable as error:  # no other: it would be a defect of ours
                 if not self.train:
-                    raise
+                    raise photos.Unreadable(
+                        f"{error}; evaluation needs it: repair it; a run continues with --resume"
+                    ) from error
                 self.skipped += 1
                 last = error
                 if self.skipped <= NAMED:
