@@ -170,11 +170,15 @@ def labelled_files(pool, explicit):
         count = f"{len(paths) - len(names)} of them, such as {outside}," if names else "they"
         say(f"{pool}: {len(paths)} images without class labels: {count} lie in no subfolder")
         return paths, None, []
-    if not explicit:
-        shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-        say(f"{pool}: {len(paths)} images; class = subfolder, {len(classes)} of them: {shown}")
+    if not explicit or pool.name in IMAGE_SPLITS["train"]:
+        say(f"{pool}: {len(paths)} images; class = subfolder, {named(classes)}")
     numbers = {name: label for label, name in enumerate(classes)}
     return paths, [numbers[name] for name in names], classes
+
+
+def named(classes):
+    """'12 of them: ant, bee, ...', for a message."""
+    return f"{len(classes)} of them: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}"
 
 
 def check_class_folders(pool):
@@ -201,6 +205,8 @@ def masked_source(root, split):
     are checked by whoever uses them: see sources.Files.check.
     """
     images, classes = root / "images", read_classes(root)
+    if classes:
+        say(f"{root}: classes 0, 1, ... are the lines of classes.txt, {named(classes)}")
 
     def mask_of(image):
         return root / "annotations" / image.relative_to(images).with_suffix(".png")

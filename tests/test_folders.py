@@ -84,14 +84,15 @@ def test_train_without_class_folders_is_unlabelled(tmp_path, capsys):
 
 
 def test_existing_splits_stay_as_they_are(tmp_path, capsys):
-    """train/, val/ and test/ with class folders: all images, in order, without a word."""
+    """train/, val/ and test/ with class folders: all images, in order; a line names the classes."""
     for split in ("train", "validation", "test"):
         touch(tmp_path, f"{split}/b/2.png", f"{split}/b/10.png", f"{split}/a/1.png")
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
         names, classes = opened(tmp_path, split)
         assert names == [f"{name}/a/1.png", f"{name}/b/10.png", f"{name}/b/2.png"]
         assert classes == ["a", "b"]
-    assert capsys.readouterr().out == ""
+    line = f"{tmp_path}/train: 3 images; class = subfolder, 2 of them: a, b\n"
+    assert capsys.readouterr().out == line
 
 
 def test_held_out_images_depend_on_their_paths_alone(tmp_path):
@@ -231,14 +232,15 @@ def masked_folder(pillow, folder, values, classes=None, splits=("training", "val
 
 
 def test_own_masks_are_the_lines_of_classes_txt(pillow, tmp_path, capsys):
-    """0/1 masks with two names, 255 ignored, three splits; nothing to say."""
+    """0/1 masks with two names, 255 ignored, three splits; one line names the classes."""
     splits = ("training", "validation", "test")
     folder = masked_folder(pillow, tmp_path, [0, 1, 255], "background\nobject\n", splits)
     for split in sources.SPLITS:
         source = sets.open_source(folder, split)
         assert source.mask_classes == ["background", "object"] and len(source) == 3
         assert set(np.unique(source.read_masks([0]))) == {0, 1, 255}
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.endswith("classes.txt, 2 of them: background, object\n")
 
 
 def test_without_classes_txt_masks_are_ade20k(pillow, tmp_path, capsys):
