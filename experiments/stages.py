@@ -350,7 +350,8 @@ class Runner:
         found = {}
         scenes = self.settings["scenes"]
         outputs.check_outside(self.out, scenes)
-        for name in dict.fromkeys([scenes, self.settings["data"]]):  # which may take a while
+        # Scenes first: decoding the photographs may take a while.
+        for name in dict.fromkeys([scenes, self.settings["data"]]):
             if name in (DRAWN, None):
                 continue
             for split in ("train", "test"):

@@ -103,7 +103,7 @@ def open_split(root, split, names, make):
 
 
 def check_split_names(root, names):
-    """Raise ValueError for a folder such as Train, which would be taken for a class."""
+    """Raise ValueError for a folder such as Train, which most file systems do not find as train."""
     for folder in root.iterdir():
         if folder.name.lower() in names - {folder.name} and folder.is_dir():
             raise ValueError(f"{folder}: rename it to {folder.name.lower()}, the name of a split")
@@ -166,9 +166,11 @@ def labelled_files(pool, explicit):
     names = [first for first, *rest in parts if rest]
     classes = sorted(set(names))
     if len(names) < len(paths):
-        outside = next(path.name for path, (_, *rest) in zip(paths, parts) if not rest)
-        count = f"{len(paths) - len(names)} of them, such as {outside}," if names else "they"
-        say(f"{pool}: {len(paths)} images without class labels: {count} lie in no subfolder")
+        outside = [path.name for path, (_, *rest) in zip(paths, parts) if not rest]
+        where = "no subfolders"
+        if names:
+            where = f"{len(outside)} of them in no subfolder ({outside[0]}, ...)"
+        say(f"{pool}: {len(paths)} images without class labels: {where}")
         return paths, None, []
     if not explicit or pool.name in IMAGE_SPLITS["train"]:
         say(f"{pool}: {len(paths)} images; class = subfolder, {named(classes)}")

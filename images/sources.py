@@ -212,13 +212,12 @@ def check_names(held_out, trained, source):
     ValueError naming `source`, the held-out set, and the first class that differs.
     """
     if held_out != trained[: len(held_out)]:
-        wrong = next(name for c, name in enumerate(held_out) if trained[c : c + 1] != [name])
-        missing = next((name for name in trained if name not in held_out), None)
-        if wrong not in trained or missing is None:
+        c, wrong = next((c, n) for c, n in enumerate(held_out) if trained[c : c + 1] != [n])
+        if wrong not in trained:
             raise ValueError(f"{source.name}: class {wrong!r} is not one of those trained on")
+        lacks = "" if trained[c] in held_out else f": it has no {trained[c]!r}, add images of it"
         raise ValueError(
-            f"{source.name}: it has no class {missing!r}, so that {wrong!r} has another number "
-            "than in training: add images of it"
+            f"{source.name}: class {wrong!r} has another number than in training{lacks}"
         )
 
 

@@ -77,14 +77,15 @@ def crop_resize(images, boxes, size, kernel):
     return torch.cat([F.interpolate(c, (size, size), mode=kernel, antialias=True) for c in crops])
 
 
-NAMED = 20  # unreadable files to name; further ones are only counted
+NAMED = 20  # times that training names an unreadable file; then it only counts them
 
 
 class Samples(Dataset):
     """A source for training or evaluation. __getitems__ takes a batch of keys (epoch, index).
 
-    In evaluation an unreadable file is an error. In training it is named on stderr, counted in
-    `skipped` and replaced by the next readable one. Raises ValueError for files without Pillow.
+    In evaluation an unreadable file is an error. In training it is named on stderr (NAMED times in
+    all), counted in `skipped` and replaced by the next readable one. Raises ValueError for files
+    without Pillow.
     """
 
     def __init__(self, source, train, seed):
@@ -121,15 +122,13 @@ class Samples(Dataset):
                 return [reader(moved) for reader in readers]
             except photos.Unreadable as error:  # no other: it would be a defect of ours
                 if not self.train:
-                    raise photos.Unreadable(
-                        f"{error}; evaluation needs it: repair it; a run continues with --resume"
-                    ) from error
+                    raise photos.Unreadable(f"{error}; here it is needed: repair it") from error
                 self.skipped += 1
                 last = error
                 if self.skipped <= NAMED:
                     print(f"skipped: {error}", file=sys.stderr)
                 if self.skipped == NAMED:
-                    print("skipped: further files are only counted", file=sys.stderr)
+                    print("skipped: from now on they are only counted", file=sys.stderr)
         raise ValueError(
             f"{self.source.name}: {tries} files in a row cannot be read or used; the last: {last}"
         )

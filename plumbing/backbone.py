@@ -22,7 +22,7 @@ def block_count(state, prefix):
 
 
 def assumed_heads(dim):
-    """The number of heads of published models, by their width; of E_pos's nothing else tells it."""
+    """The heads of a published model, from its width: with E_pos nothing else tells them."""
     return max(1, dim // 64)
 
 

@@ -276,7 +276,7 @@ def remember_flags(parser, argv, size_of_init):
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--resume", "--eval"):
         known.add_argument(flag, action="store_true")
-    for flag in ("--out", "--init", "--recipe"):
+    for flag in ("--out", "--init", "--recipe", "--data", "--data-dir"):
         known.add_argument(flag)
     try:
         given, _ = known.parse_known_args(argv)
@@ -284,7 +284,9 @@ def remember_flags(parser, argv, size_of_init):
         return
     if given.init and Path(given.init).is_file() and not given.resume:
         names = {"quantizer"} | ({*SIZES} if (given.recipe or "demo") in size_of_init else set())
-        names |= {*EVALUATION, "data", "data_dir"} if given.eval else set()
+        names |= {*EVALUATION} if given.eval else set()
+        if given.eval and given.data is None:
+            names |= {"data"} if given.data_dir else {"data", "data_dir"}
         names &= checkpoints.flags_of(parser)
         parser.set_defaults(**checkpoints.arguments_of(given.init, parser, names))
     if not (given.resume and given.out):

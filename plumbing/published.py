@@ -164,7 +164,7 @@ def load_pretrained(path, *kinds, normalise="auto"):
         raise ValueError(f"{path} is a {found['kind']} checkpoint; this needs one of: {needed}")
     backbone.check(path, found)
     if config["positions"] == "absolute":
-        log.note(f"{path} does not record its heads: assuming {config['heads']}, each 64 wide")
+        log.note(f"{path} does not record its heads: assuming {config['heads']} for its width")
     if normalise == "auto":
         log.note(
             f"{path} does not record pixel mean and std: assuming 0.5, right for files pre-trained "

@@ -14,7 +14,7 @@ from plumbing import checkpoints, entries, outputs, pictures, processes, signals
 from plumbing.clock import Clock
 from plumbing.log import Estimate, Log, note
 
-FEW = 20  # held-out images
+FEW = 20  # images to evaluate on
 
 
 class Run:
@@ -94,13 +94,17 @@ class Run:
         size += f", {count_text(trained)} of them trained" if trained < count else ""
         note(f"{where} {self.clock.machine()}; {size}; {grid_text(model.config, args.image_size)}")
         held_out = len(self.held_out)
-        images = f"evaluating on {min(held_out, args.eval_images):,} of {held_out:,}"
+        images = f"evaluating on {self.evaluated():,} of {held_out:,}"
         epochs = self.total * args.batch_size / len(train_set)
         steps = f"{self.total:,} steps of {args.batch_size:,} images ({epochs:.3g} epochs)"
         steps += f", {self.first:,} of them done" if self.first else ""
         note(f"training on {len(train_set):,} images, {images}; {steps}")
-        if held_out < FEW:
-            note(f"{held_out} held-out images say little: give the data a folder val with more")
+        if self.evaluated() < FEW:
+            note(f"what so few images say in evaluation is mostly chance: hold out {FEW} or more")
+
+    def evaluated(self):
+        """The number of images in each evaluation."""
+        return min(len(self.held_out), self.args.eval_images)
 
     def all_sum(self, count):
         """Sum of a whole number over all processes, a tensor without dimensions.
@@ -151,7 +155,7 @@ class Run:
 
         Not in the first half, and not if there are few images, whose tokens differ little.
         """
-        enough = 2 * done >= self.total and len(self.held_out) >= FEW
+        enough = 2 * done >= self.total and self.evaluated() >= FEW
         warning = self.warn(values) if self.warn and enough else None
         if warning:
             note(f"warning: {warning}")

@@ -40,7 +40,7 @@ DATA = {  # case: (script, flags, what the line must say)
     "no archive": ("cls", "--data {wrong}/noise.npz", "not a whole array file"),
     "half an archive": ("cls", "--data {wrong}/half.npz", "not a whole array file"),
     "other classes": ("cls", "--data {wrong}/zoo",
-                      "it has no class 'ant', so that 'bee' has another number"),
+                      "class 'bee' has another number than in training: it has no 'ant'"),
     "new class": ("cls", "--data {wrong}/new", "class 'ape' is not one of those trained on"),
     "too few labels": ("cls", "--labels-per-class 9", "has 8 images, not 9"),
     "large batch": ("cls", "--batch-size 64", "fewer than the batch size 64"),

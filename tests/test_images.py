@@ -517,7 +517,7 @@ def test_many_broken_images_are_named_up_to_a_limit(tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be read or used; the last: .*png is not a read"):
         crops.__getitems__([(0, 0)])
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == views.NAMED + 1 and said[-1] == "skipped: further files are only counted"
+    assert len(said) == views.NAMED + 1 and said[-1] == "skipped: from now on they are only counted"
     assert crops.problems() == {"skipped": len(source)}
 
 

@@ -48,14 +48,14 @@ class Loader(list):
 def make_run(out, steps=6, process=processes.Process(), config=Config(), **settings):
     """A Run of a model of 6 parameters, 4 of them trained; with a batch of 8 for 32 images."""
     args = {"batch_size": 8, "accumulate": 1, "out": str(out), "resume": False, "compile": False}
-    args |= {"benchmark": None, "log_every": 1, "save_every": 2, "eval_images": 5, "image_size": 12,
-             "data": "photos", "init": None}  # fmt: skip
+    args |= {"benchmark": None, "log_every": 1, "save_every": 2, "eval_images": 20}
+    args |= {"image_size": 12, "data": "photos", "init": None}
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     model.config = config
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = types.SimpleNamespace(**args | settings)
-    return Run(args, "tokenizer", process, model, optimizer, steps, {}, Pictures(), Pictures(20))
+    return Run(args, "tokenizer", process, model, optimizer, steps, {}, Pictures(), Pictures(30))
 
 
 def train(run, measure=lambda: {"mim_loss": 3.25}, draw=None, warn=None):
@@ -91,7 +91,7 @@ def test_first_lines_say_what_runs_where(tmp_path, capsys):
         "4 of them trained; 12 x 12 pixels, 9 patches"
     )
     assert second == (
-        "training on 32 images, evaluating on 5 of 20; 6 steps of 8 images (1.5 epochs)"
+        "training on 32 images, evaluating on 20 of 30; 6 steps of 8 images (1.5 epochs)"
     )
     steps = Loader(Pictures(), 6)
     for step, _ in (stopped := make_run(tmp_path / "stopped")).steps(steps, dict):
@@ -230,11 +230,10 @@ def test_warning_is_printed_once(bad, tmp_path, capsys):
 
 def test_few_held_out_images_are_said_and_give_no_warning(tmp_path, capsys):
     """The entropy of a few images' tokens is low, and a loss above it says nothing."""
-    run = make_run(tmp_path)
-    run.held_out = Pictures(19)
+    run = make_run(tmp_path, eval_images=19)
     train(run, warn=lambda values: "bad")
     said = capsys.readouterr().out
-    assert "19 held-out images say little: give the data a folder val" in said
+    assert "what so few images say in evaluation is mostly chance: hold out 20 or more" in said
     assert "warning" not in said
 
 
