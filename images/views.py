@@ -84,14 +84,11 @@ class Samples(Dataset):
     """A source for training or evaluation. __getitems__ takes a batch of keys (epoch, index).
 
     In evaluation an unreadable file is an error. In training it is named on stderr (NAMED times in
-    all), counted in `skipped` and replaced by the next readable one. Raises ValueError for files
-    without Pillow.
+    all), counted in `skipped` and replaced by the next readable one.
     """
 
     def __init__(self, source, train, seed):
         self.source, self.train, self.seed = source, train, seed
-        if isinstance(source, sources.Files):
-            photos.check_installed(source.paths[0])
         self.one_size = True  # can its samples be stacked into a batch in evaluation?
         self.skipped = torch.zeros(
             1, dtype=torch.int64
@@ -106,7 +103,12 @@ class Samples(Dataset):
         return {"skipped": skipped} if skipped else {}
 
     def fingerprint(self):
-        """What must not change between a run and its --resume: see sources.fingerprint."""
+        """What must not change between a run and its --resume: see sources.fingerprint.
+
+        Raises ValueError if it is of files and Pillow is not installed: before a run starts.
+        """
+        if isinstance(self.source, sources.Files):
+            photos.check_installed(self.source.paths[0])
         return sources.fingerprint(self.source)
 
     def pictures(self, count):
