@@ -343,8 +343,6 @@ def draw(models, normalise, args):
         x = batches.standardise(pixels[None], normalise)
         rows += [attention_row(model, x, pixels, given or points) for model in models.values()]
     pictures.picture(args.out, rows, place=outputs.new)
-    of = f" of {args.data} {args.split}" if source else ""
-    print(f"wrote {args.out}: {', '.join(images)}{of}")
 
 
 def main(argv=None):
