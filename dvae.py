@@ -265,7 +265,7 @@ class DVAE(nn.Module):
         return nll, squared_error
 
     def forward(self, x, tau, beta, e):
-        """Stage 1's loss (eq. 3's first term, and a KL): (loss, its terms, batch statistics).
+        """Stage 1's loss (section 2.1; eq. 3, and a KL): (loss, its terms, batch statistics).
 
         x: (B, 3, H, W) in [0, 1]; tau: temperature; beta: weight of the KL; e: Exp(1) noise of
         shape (B, h, w, |V|). Both terms are sums over one image divided by its number of pixel

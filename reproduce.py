@@ -55,7 +55,7 @@ def parse(argv):
     command_line.add_number(parser, "--jobs", int, "[1, 1024]", jobs, default=cores)
     add("--documents", action="store_true", help="only fill the tables of README.md and docs/*.md")
     args = parser.parse_args(argv)
-    if args.documents and (len(sys.argv[1:]) if argv is None else len(argv)) > 1:
+    if args.documents and len(sys.argv[1:] if argv is None else argv) > 1:
         parser.error("--documents takes no other flag")
     if args.budgets and args.recipe == "demo":
         parser.error("--budgets is for photographs and garments: use --recipe photos or fashion")

@@ -169,7 +169,7 @@ def labelled_files(pool, explicit):
         outside = [path.name for path, (_, *rest) in zip(paths, parts) if not rest]
         where = "no subfolders"
         if names:
-            where = f"{len(outside)} of them in no subfolder ({outside[0]}, ...)"
+            where = f"{len(outside)} of them in no subfolder ({', '.join(outside[:3])})"
         say(f"{pool}: {len(paths)} images without class labels: {where}")
         return paths, None, []
     if not explicit or pool.name in IMAGE_SPLITS["train"]:

@@ -301,11 +301,10 @@ def main(argv=None):
         state = to_transformers(state)
     weights.write(args.destination, state)
     heads, assumed = found["config"]["heads"], backbone.assumed_heads(found["config"]["dim"])
-    lost = found["config"]["positions"] == "absolute" and heads != assumed
-    print(
-        f"wrote {args.destination} with the names of {args.names}; it does not hold the pixel mean "
-        f"and std, the names of classes{f' or that the model has {heads} heads' if lost else ''}"
-    )
+    lost = ["pixel mean and std", "class names"]
+    if found["config"]["positions"] == "absolute" and heads != assumed:
+        lost.append(f"that it has {heads} heads")
+    print(f"wrote {args.destination} under {args.names} names; not recorded: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Run:
         steps += f", {self.first:,} of them done" if self.first else ""
         note(f"training on {len(train_set):,} images, {images}; {steps}")
         if self.evaluated() < FEW:
-            note(f"what so few images say in evaluation is mostly chance: hold out {FEW} or more")
+            note(f"so few images say little in evaluation: use {FEW} or more")
 
     def evaluated(self):
         """The number of images in each evaluation."""
@@ -153,7 +153,7 @@ class Run:
     def show(self, done, values, draw):
         """After an evaluation draw the pictures again; warn once if it is bad.
 
-        Not in the first half, and not if there are few images, whose tokens differ little.
+        A warning waits for the second half; few images, whose tokens differ little, give none.
         """
         enough = 2 * done >= self.total and self.evaluated() >= FEW
         warning = self.warn(values) if self.warn and enough else None
