@@ -137,7 +137,7 @@ def test_an_export_says_what_it_does_not_hold(tmp_path, capsys):
         checkpoints.save(out, "pretraining", args, 0, model, optimizer, scaler, more)
         published.main([str(out / "checkpoint.pt"), str(out / "new.pth")])
         said = capsys.readouterr().out
-        assert f"under released names; not recorded: pixel mean and std, class names{lost}\n" in said
+        assert f"released names; not recorded: pixel mean and std, class names{lost}\n" in said
 
 
 def without(state, part):
