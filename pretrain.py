@@ -160,9 +160,9 @@ class MaskedViews(views.Crops):
         """The mask that belongs to a key: bool (h, w)."""
         return masking.make_mask(self.masking, noise.sample_rng(*key), *self.mask_shape)
 
-    def __getitems__(self, keys):
+    def __getitem__(self, keys):
         masks = [torch.from_numpy(self.mask(self.seed, *key, "mask")) for key in keys]
-        return [*super().__getitems__(keys), torch.stack(masks)]
+        return [*super().__getitem__(keys), torch.stack(masks)]
 
 
 def two_views(batch, device, normalise):

@@ -541,7 +541,7 @@ def test_bound_terms_are_those_of_eq_3():
     result = pretrain.evaluate(model, tokenizer, held_out, args, processes.Process())
     stage1 = stage2 = right = count = 0.0
     for index in range(5):
-        batch = held_out.__getitems__([(-1, index)])
+        batch = held_out[[(-1, index)]]
         x, pixels, mask = pretrain.two_views(batch, torch.device("cpu"), "half")
         z = tokenizer.tokens(pixels)
         log_p = F.log_softmax(model(x, mask), -1)
@@ -622,7 +622,7 @@ def test_no_mask_has_more_positions_than_are_predicted(kind, recover):
     source = sources.Arrays("eight", np.zeros((8, 24, 24, 3), np.uint8))
     views = pretrain.MaskedViews(args, source, [(24, "bicubic")], 6, True)
     keys = [[(epoch, index) for index in range(8)] for epoch in range(50)]
-    masks = torch.cat([views.__getitems__(batch)[-1] for batch in keys])
+    masks = torch.cat([views[batch][-1] for batch in keys])
     counts = pretrain.positions_to_predict(recover, masks.flatten(1)).sum(1)
     assert 0 < counts.max() <= views.most_positions <= 36
 

@@ -1,15 +1,12 @@
 """Baselines without a network: logistic regression on pixels, and one class for every pixel."""
 
-import argparse
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import finetune_seg
+from experiments import costs
 from images import batches, masked, sets, sources
-from plumbing import command_line
-
 
 LARGEST = 32  # pixels along a side for logistic regression; larger images are resized
 
@@ -75,12 +72,10 @@ def commonest_class(runner):
     if runner.planning:
         return 0.0
     test = sets.open_source(runner.settings["scenes"], "test", runner.data_dir)
-    column = command_line.COLUMNS.index(runner.recipe)
-    args = {name: row[column] for name, row in finetune_seg.RECIPES.items()}
-    args, classes = argparse.Namespace(**args, seed=0), len(test.mask_classes)
+    args, classes = costs.settings("segmentation", runner.recipe), len(test.mask_classes)
     seen = masked.MaskedImages(args, test, classes, "half", train=False)
     shown = batches.spread(len(test), args.eval_images)
-    masks = (seen.__getitems__([(-1, index)])[1] for index in shown)
+    masks = (seen[[(-1, index)]][1] for index in shown)
     counts = sum(m[m != sources.IGNORE].bincount(minlength=classes) for m in masks)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     matrix[:, counts.argmax()] = counts  # row: true class; column: the class that is predicted

@@ -359,7 +359,7 @@ def data_path():
         sources.Arrays("noise", noise), two_views, train=True, min_crop=0.08, flip=True, jitter=0.4
     )
     keys = [(0, i) for i in range(64)]
-    rate = rate_of(lambda: crops.__getitems__(keys), len(keys))
+    rate = rate_of(lambda: crops[keys], len(keys))
     print(f"arrays of 256 x 256, base recipe's crops  {rate:.0f} images/s")
     rate, share = jpeg_rate(32)
     print(f"JPEG files of 500 x 375, to 224 pixels    {rate:.0f} images/s per worker, "
@@ -376,7 +376,7 @@ def jpeg_rate(count):
         pillow, here = [], []
         for _ in range(5):  # in turn, as in side_by_side
             pillow.append(rate_of(lambda: pillow_alone(files), count, repeats=1))
-            here.append(rate_of(lambda: crops.__getitems__(keys), count, repeats=1))
+            here.append(rate_of(lambda: crops[keys], count, repeats=1))
     rate = statistics.median(here)
     return rate, rate / statistics.median(pillow)
 

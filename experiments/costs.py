@@ -1,7 +1,7 @@
 """Operations and memory of a training step of `base` and `large`, without running it.
 
-Operations follow from the shapes of the models' weights, by a formula. Memory is counted on tensors
-without data (torch's FakeTensorMode), which go through the scripts' own models, as on a GPU.
+Both are counted on tensors without data, which go through the scripts' own models: operations by
+torch's FlopCounterMode, memory in its FakeTensorMode, as on a GPU.
 experiments.scale makes tables of both, experiments.scale_check measures them on a CPU.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import beit
 import dvae
@@ -99,53 +100,30 @@ def loss_of(stage, recipe, model, images):
     return F.cross_entropy(logits, torch.zeros(images, size, size, dtype=torch.int64))
 
 
-# -------------------------------------------------------- operations: a formula
+# -------------------------------------------------------- operations: counted on shapes
 
 
-def convolutions(network, side):
-    """Multiplications of a network of convolutions for one image or grid of side x side."""
-    total = 0
-    for _, module in network.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.MaxPool2d):
-            side //= 2
-        elif isinstance(module, nn.Upsample):
-            side *= 2
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            total += module.weight.numel() * side**2
-            side *= module.stride[0]  # of a deconvolution
-    return total
+def counted(call):
+    """Operations of call(), forward and backward, as torch counts them: two a multiplication."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def operations(stage, recipe, model):
     """Operations for one image in a step: {"trained", "tokenizer", "recompute"}.
 
-    Two for each multiplication of the forward pass, and four in the backward pass: the gradients of
-    the input and of the weight. Pixels need none. Additions elsewhere are not counted.
+    Only matrix products and convolutions count. The model is on the device "meta".
     """
-    size = settings(stage, recipe).image_size
-    if stage == "tokenizer":
-        first = model.encoder.blocks.input.weight.numel() * size**2
-        forward = convolutions(model.encoder, size)
-        forward += convolutions(model.decoder, size // model.config.downsampling)
-        return {"trained": 6 * forward - 2 * first, "tokenizer": 0, "recompute": 0}
-    c = model.config
-    D, N = c.dim, c.grid**2
-    last = predicted(recipe) if stage == "pretraining" else N + 1  # rows after block L's attention
-    attention = (N + 1) * 3 * D**2 + 2 * (N + 1) ** 2 * D
-    rest = (1 + 2 * c.mlp_ratio) * D**2  # of one row: projection and MLP
-    blocks = c.depth * attention + ((c.depth - 1) * (N + 1) + last) * rest
-    first = model.patch_embed.proj.weight.numel() * N
+    steps = []
+    for model.recompute in (True, False):
+        steps.append(counted(lambda: loss_of(stage, recipe, model, 1).backward()))
+    model.zero_grad()
     tokenizer = 0
     if stage == "pretraining":
-        head = last * model.lm_head.weight.numel()
-        encoder, token_size = frozen_tokenizer(recipe).encoder, settings(stage, recipe).token_size
-        tokenizer = convolutions(encoder, token_size)
-    elif stage == "classification":
-        head = model.head.weight.numel()
-    else:
-        head = convolutions(model.decoder, c.grid)
-    trained = 6 * (blocks + head) + 4 * first
-    return {"trained": trained, "tokenizer": 2 * tokenizer, "recompute": 2 * blocks}
+        size = settings(stage, recipe).token_size
+        tokenizer = counted(lambda: frozen_tokenizer(recipe).encode(torch.rand(1, 3, size, size)))
+    return {"trained": steps[1], "tokenizer": tokenizer, "recompute": steps[0] - steps[1]}
 
 
 # -------------------------------------------------------- memory: counted on tensors without data

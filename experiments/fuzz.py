@@ -2,7 +2,6 @@
 
     python -m experiments.fuzz --minutes 20 --seed 1       # for 20 minutes
     python -m experiments.fuzz --seed 1 --case 17          # one case again; its files are kept
-    python -m experiments.fuzz --minutes 5 --code FOLDER   # the same cases, another version's code
 
 A case is a command with something wrong in its flags, arrays, images, checkpoints, weights or logs,
 made from a seed and a number. Each knows whether it is certainly nonsense (must end with status 2),
@@ -121,16 +120,10 @@ def usable_kinds(bench):
 
 
 class Forks:
-    """Runs commands of a checkout through experiments/fuzz_server.py; see Bench for `run`."""
+    """Runs commands through experiments/fuzz_server.py; see Bench for `run`."""
 
-    def __init__(self, folder, code):
-        self.folder, self.code = folder, code
-        self.programs = {}
-        for name, choices in PROGRAMS.items():
-            for choice in choices:
-                path = choice.removeprefix("-m ").replace(".", "/") + ".py"
-                if (code / (path if choice.startswith("-m") else choice)).is_file():
-                    self.programs.setdefault(name, choice)
+    def __init__(self, folder):
+        self.folder = folder
         self.said = folder.parent / "said"
         self.said.mkdir()
         self.environment = os.environ | {
@@ -139,21 +132,19 @@ class Forks:
             "COLUMNS": "100",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        server = [sys.executable, "-P", str(HERE / "experiments" / "fuzz_server.py"), str(code)]
+        server = [sys.executable, "-P", str(HERE / "experiments" / "fuzz_server.py"), str(HERE)]
         self.server = subprocess.Popen(
             server, cwd=folder, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def command(self, program, flags):
         """The command line that does the same by hand."""
-        words = self.programs[program].split()
-        words[-1] = words[-1] if words[0] == "-m" else str(self.code / words[-1])
-        return ["python", *words, *flags]
+        return ["python", "-m", PROGRAMS[program], *flags]
 
     def run(self, program, flags, case=None):
         """Run a program with the limits of a case; return its Result."""
         request = {
-            "program": self.programs[program],
+            "program": PROGRAMS[program],
             "flags": flags,
             "stdout": str(self.said / "stdout"),
             "stderr": str(self.said / "stderr"),
@@ -171,7 +162,7 @@ class Forks:
     def run_fresh(self, program, flags, case):
         """The same in an interpreter of its own, without limits unless the case needs one."""
         command = [sys.executable, *self.command(program, flags)[1:]]
-        environment = self.environment | {"PYTHONPATH": str(self.code)} | case.environment
+        environment = self.environment | {"PYTHONPATH": str(HERE)} | case.environment
         if case.environment or case.file_size:
             return self.run(program, flags, case)
         try:
@@ -219,14 +210,13 @@ def main(argv=None):
     add("--minutes", type=float, default=5, help="how long")
     add("--seed", type=int, default=0, help="of the cases")
     add("--case", type=int, help="only this case; its files are kept")
-    add("--code", type=Path, default=HERE, help="checkout to try")
     add("--kinds", nargs="+", choices=list(KINDS), help="only these kinds (other case numbers)")
     args = parser.parse_args(argv)
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     (root / "bench").mkdir()
     try:
-        forks = Forks(root / "bench", args.code.resolve())
-        bench = Bench(root / "bench", forks.run, forks.programs)
+        forks = Forks(root / "bench")
+        bench = Bench(root / "bench", forks.run)
         bench.build()
         shutil.copytree(bench.good, root / "good")
         kinds = args.kinds or usable_kinds(bench)

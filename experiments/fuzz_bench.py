@@ -13,21 +13,23 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from experiments import short_runs
+
 REFUSE, ACCEPT, EITHER = "must be refused", "must be accepted", "may be either"
 SECONDS, MEMORY = 60, 8 << 30  # limits of a case
 FRESH = 40  # in the long run one case in so many gets an interpreter of its own
 
-PROGRAMS = {  # name: what to run, here or in older versions
-    "tokenizer": ["train_tokenizer.py"],
-    "beit": ["pretrain.py"],
-    "cls": ["finetune_cls.py"],
-    "seg": ["finetune_seg.py"],
-    "convert": ["-m images.convert", "data.py"],
-    "attention": ["-m experiments.attention", "visualize_attention.py"],
-    "published": ["-m plumbing.published"],
-    "features": ["-m experiments.features"],
-    "report": ["-m experiments.report"],
-    "reproduce": ["reproduce.py"],
+PROGRAMS = {
+    "tokenizer": "train_tokenizer",
+    "beit": "pretrain",
+    "cls": "finetune_cls",
+    "seg": "finetune_seg",
+    "convert": "images.convert",
+    "attention": "experiments.attention",
+    "published": "plumbing.published",
+    "features": "experiments.features",
+    "report": "experiments.report",
+    "reproduce": "reproduce",
 }
 STAGES = ["tokenizer", "beit", "cls", "seg"]
 DATA = {"--data": "good/tiny.npz"}
@@ -89,11 +91,11 @@ class Hostile:
 class Bench:
     """A folder with good data and runs in good/. Commands run in it, with relative paths.
 
-    run(program, flags, case=None) -> Result. programs: the keys of PROGRAMS that it can run.
+    run(program, flags, case=None) -> Result.
     """
 
-    def __init__(self, folder, run, programs):
-        self.folder, self.run, self.programs = folder, run, programs
+    def __init__(self, folder, run):
+        self.folder, self.run = folder, run
         self.good = folder / "good"
         self.hostile = Hostile(str(folder / "ran"))
         with contextlib.suppress(ImportError):
@@ -103,7 +105,7 @@ class Bench:
     def build(self):
         """Make the files, and run each script once."""
         self.good.mkdir(parents=True)
-        arrays = tiny_arrays()
+        arrays = short_runs.tiny_arrays(train=8, val=4, side=8, classes=2)
         np.savez(self.good / "tiny.npz", **arrays)
         self.members = {name: npy(array) for name, array in arrays.items()}
         (self.good / "arrays").mkdir()
@@ -125,9 +127,8 @@ class Bench:
         torch.save({"model": state}, self.good / "weights.pth")
         model = load(self.good / "tokenizer" / "checkpoint.pt")["model"]
         save_dalle(self.good / "dalle", model)
-        if "reproduce" in self.programs:  # its first stage cannot start: see `logs`
-            flags = ["--jobs", "1", "--out", "good/paper"]
-            self.run("reproduce", flags, Case("reproduce", flags, "", EITHER, **NO_STAGES))
+        flags = ["--jobs", "1", "--out", "good/paper"]  # its first stage cannot start: see `logs`
+        self.run("reproduce", flags, Case("reproduce", flags, "", EITHER, **NO_STAGES))
 
     def make_pictures(self, arrays):
         """good/pictures, with two classes, and good/scenes, with masks."""
@@ -147,16 +148,6 @@ class Bench:
 
 
 NO_STAGES = {"environment": {"PYTHONHOME": "/nowhere"}}  # no interpreter starts with it
-
-
-def tiny_arrays():
-    """{name: array}: eight training and four validation images of 8 x 8 pixels, two classes."""
-    rng, content = np.random.default_rng(0), {}
-    for split, count in (("train", 8), ("val", 4)):
-        content[f"{split}_images"] = rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
-        content[f"{split}_labels"] = np.arange(count) % 2
-        content[f"{split}_masks"] = (content[f"{split}_images"][..., 0] > 128).astype(np.uint8)
-    return content
 
 
 def npy(array):

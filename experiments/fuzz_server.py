@@ -30,14 +30,11 @@ def child(request, code):
     for limit, name in ((resource.RLIMIT_AS, "memory"), (resource.RLIMIT_FSIZE, "file_size")):
         if request[name]:
             resource.setrlimit(limit, (request[name], request[name]))
-    status, module = 0, request["program"].removeprefix("-m ")
+    status, module = 0, request["program"]
     sys.argv = [os.path.join(code, module), *request["flags"]]
     try:
-        if module.endswith(".py"):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        else:
-            sys.modules.pop(module, None)  # or runpy warns that it was imported before
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.modules.pop(module, None)  # or runpy warns that it was imported before
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as stopped:
         status = stopped.code if isinstance(stopped.code, int) else stopped.code is not None
     except BaseException:

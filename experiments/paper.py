@@ -12,11 +12,10 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-import pretrain
-from experiments import attention, baselines, features
+from experiments import attention, baselines, costs, features
 from experiments.tables import all_values, run_cell, save_results
 from images import sets
-from plumbing import command_line, log, outputs, pictures
+from plumbing import log, outputs, pictures
 
 # 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper. In all, 1.7 times as many
 # patches as in the `fashion` recipe.
@@ -388,11 +387,9 @@ def masked_accuracy(row, record):
 
 def longer_flags(recipe, factor):
     """Flags of pretrain.py for `factor` times the recipe's epochs and warm-up."""
-    column, flags = command_line.COLUMNS.index(recipe), []
-    for name in ("epochs", "warmup_epochs"):
-        epochs = round(pretrain.RECIPES[name][column] * factor, 2)
-        flags += [f"--{name.replace('_', '-')}", epochs]
-    return flags
+    s = costs.settings("pretraining", recipe)
+    epochs, warmup = (round(value * factor, 2) for value in (s.epochs, s.warmup_epochs))
+    return ["--epochs", epochs, "--warmup-epochs", warmup]
 
 
 def table4(runner):

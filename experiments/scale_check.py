@@ -115,7 +115,7 @@ def rates(count=32, repeats=3):
             seconds = []
             for epoch in range(repeats):
                 start = time.process_time()
-                data.__getitems__([(epoch, index) for index in range(count)])
+                data[[(epoch, index) for index in range(count)]]
                 seconds.append(time.process_time() - start)
             rows.append([stage, f"{count / min(seconds):.0f}"])
     return {"columns": ["stage", "images/s of one core"], "rows": rows}

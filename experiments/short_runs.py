@@ -61,18 +61,19 @@ RESULTS = {  # names in each script's final record
 }
 
 
-def make_arrays(path):
-    """Write a tiny data set to the .npz file `path`, and return the path as --data takes it.
-
-    32 training and 16 validation images of 16 x 16 pixels, with 4 classes and with masks.
-    """
-    rng = np.random.default_rng(0)
-    content = {}
-    for split, count in (("train", 32), ("val", 16)):
-        content[f"{split}_images"] = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
-        content[f"{split}_labels"] = np.arange(count) % 4
+def tiny_arrays(train, val, side, classes):
+    """{name: array}: a data set of noise of side x side pixels, with labels and masks."""
+    rng, content = np.random.default_rng(0), {}
+    for split, count in (("train", train), ("val", val)):
+        content[f"{split}_images"] = rng.integers(0, 256, (count, side, side, 3), np.uint8)
+        content[f"{split}_labels"] = np.arange(count) % classes
         content[f"{split}_masks"] = (content[f"{split}_images"][..., 0] > 128).astype(np.uint8)
-    np.savez(path, **content)
+    return content
+
+
+def make_arrays(path):
+    """Write a tiny data set to the .npz file `path`, and return the path as --data takes it."""
+    np.savez(path, **tiny_arrays(train=32, val=16, side=16, classes=4))
     return str(path)
 
 

@@ -186,10 +186,8 @@ class Progress:
     def report(self, stage, record):
         """Print the line of a stage that has ended with these numbers."""
         with self.lock:
-            single = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            numbers = "  ".join(f"{key} {value:.4g}" for key, value in single.items())
-            line = f"{self.head()}  {stage.name}  {stage.seconds:.0f} s  {numbers}"
-            print(f"\r\033[K{line}" if self.terminal else line, flush=True)
+            seconds, numbers = f"{stage.seconds:.0f} s", log.numbers(record, 4)
+            log.note(f"{self.head()}  {stage.name}  {seconds}  {numbers}")
 
     def drop(self, name):
         """A stage of the plan turns out to be finished already, from an earlier run."""

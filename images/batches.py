@@ -91,7 +91,7 @@ def eval_batches(dataset, args, process):
 
 
 def loader(dataset, keys, workers, pin_memory=False):
-    """A DataLoader for a dataset whose __getitems__ makes a whole batch from a list of keys.
+    """A DataLoader for a dataset whose __getitem__ makes a whole batch from a list of keys.
 
     workers: number of loader processes; None: this process's share of the cores if `dataset.source`
     decodes image files; for arrays none or, if pin_memory says that they go to a GPU, up to AHEAD,
@@ -103,9 +103,9 @@ def loader(dataset, keys, workers, pin_memory=False):
             workers = min(workers, AHEAD) if pin_memory and workers > 1 else 0
     return Loader(
         dataset,
-        batch_sampler=keys,
+        batch_size=None,  # a "sample" of its sampler is a whole batch
+        sampler=keys,
         num_workers=workers,
-        collate_fn=keep_batch,
         worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )
@@ -149,11 +149,6 @@ def share_of_cores():
     has_affinity = hasattr(os, "sched_getaffinity")  # not on Windows and macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def keep_batch(batch):
-    """Collate function: __getitems__ has made the batch already."""
-    return batch
 
 
 def ignore_signals(worker):

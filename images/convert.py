@@ -7,6 +7,7 @@ Each image becomes its largest centred square, resized. The result is a --data o
 Image files are decoded on all cores.
 """
 
+import argparse
 import contextlib
 import math
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from images import batches, photos, sets, sources, views
+from images import batches, masked, photos, sets, sources, views
 from plumbing import command_line, outputs
 
 CHUNK = 16  # images that a process converts at a time
@@ -32,15 +33,20 @@ class Squares(Dataset):
 
     def __init__(self, source, size, files):
         self.source, self.size, self.files = source, size, files
+        if "masks" in files:  # this checks each mask against its image and its classes
+            args, classes = argparse.Namespace(seed=0), len(source.mask_classes)
+            self.samples = masked.MaskedImages(args, source, classes, "half", train=False)
 
-    def __getitems__(self, indices):
+    def __getitem__(self, indices):
         arrays = {name: np.load(path, mmap_mode="r+") for name, path in self.files.items()}
         for index in indices:
-            square = self.square([index])[0]
-            arrays["images"][index] = square.permute(1, 2, 0).numpy()
             if "masks" in arrays:
-                mask = self.source.read_masks([index])[0]
-                arrays["masks"][index] = views.centre_square_mask(mask, self.size)
+                image, mask = self.samples.read_pair([index])
+                square = views.centre_square(image, self.size)
+                arrays["masks"][index] = views.centre_square_mask(mask[0], self.size)
+            else:
+                square = self.square([index])
+            arrays["images"][index] = square[0].permute(1, 2, 0).numpy()
         return len(indices)
 
     def square(self, index):
@@ -120,10 +126,11 @@ def convert_split(source, size, split, folder, workers=None):
 def open_splits(args):
     """{split: source} of the splits that the data set has; `train` must be one of them."""
     found = {"train": sets.open_source(args.source, "train", args.data_dir)}
-    found["train"].check()
     for split in ("val", "test"):
         try:
-            found[split] = sets.open_source(args.source, split, args.data_dir)
+            found[split] = source = sets.open_source(args.source, split, args.data_dir)
+            if source.labels is not None and found["train"].labels is not None:
+                sources.check_names(source.classes, found["train"].classes, source)
         except sources.NoSplit:
             print(f"{split}: not in {args.source}")
     return found
@@ -155,14 +162,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     destination = Path(args.destination)
     is_archive = destination.suffix == ".npz"
-    if destination.exists():
-        raise ValueError(f"{destination} exists already: choose a new name")
-    outputs.check_outside(destination, args.source)
-    found = open_splits(args)
-    shapes = [split_shapes(source, args.size) for source in found.values()]
-    needed = sum(math.prod(shape) for split in shapes for shape in split.values())
     with parents_of(destination):
-        outputs.check_new(destination)
+        outputs.check_new(destination, args.source)
+        found = open_splits(args)
+        shapes = [split_shapes(source, args.size) for source in found.values()]
+        needed = sum(math.prod(shape) for split in shapes for shape in split.values())
         # An archive is made from the .npy files, beside them.
         outputs.check_room(destination, 2 * needed if is_archive else needed)
         with outputs.new(destination) as result:

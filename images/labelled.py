@@ -44,8 +44,8 @@ class LabelledViews(views.Crops):
         self.randaugment, self.erasing = args.randaugment, args.erasing
         self.fill = augment.mean_colour(normalise)
 
-    def __getitems__(self, keys):
-        images, labels = super().__getitems__(keys)
+    def __getitem__(self, keys):
+        images, labels = super().__getitem__(keys)
         if self.train and (self.randaugment or self.erasing):
             for index, key in enumerate(keys):
                 rng = noise.sample_rng(self.seed, *key, "augment")

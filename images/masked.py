@@ -91,7 +91,7 @@ class MaskedImages(views.Samples):
                 image = augment.photometric(image / 255, rng) * 255
         return pad(image, mask, args.image_size, self.padding)
 
-    def __getitems__(self, keys):
+    def __getitem__(self, keys):
         images, masks = (torch.cat(parts) for parts in zip(*map(self.prepare, keys)))
         return [images.round().clamp(0, 255).byte(), masks[:, 0].byte()]
 
@@ -102,7 +102,7 @@ class MaskedImages(views.Samples):
         """
         size = self.args.image_size
         keys = [(-1, index) for index in batches.spread(len(self), count)]
-        samples = [self.__getitems__([key]) for key in keys]
+        samples = [self[[key]] for key in keys]
         crops = ([centre(part, size) for part in parts] for parts in zip(*samples))
         return [torch.cat(parts) for parts in crops]
 

@@ -81,7 +81,7 @@ NAMED = 20  # times that training names an unreadable file; then it only counts 
 
 
 class Samples(Dataset):
-    """A source for training or evaluation. __getitems__ takes a batch of keys (epoch, index).
+    """A source for training or evaluation. __getitem__ takes a batch of keys (epoch, index).
 
     In evaluation an unreadable file is an error. In training it is named on stderr (NAMED times in
     all), counted in `skipped` and replaced by the next readable one.
@@ -113,7 +113,7 @@ class Samples(Dataset):
 
     def pictures(self, count):
         """The batch of `count` samples spread evenly over the set, to draw pictures of."""
-        return self.__getitems__([(-1, index) for index in batches.spread(len(self), count)])
+        return self[[(-1, index) for index in batches.spread(len(self), count)]]
 
     def read(self, indices, *readers):
         """[reader(indices) for each reader]; in training, unreadable files are replaced."""
@@ -232,7 +232,7 @@ class Crops(Samples):
             views.append(images if unchanged else crop_resize(images, boxes, size, kernel))
         return views
 
-    def __getitems__(self, keys):
+    def __getitem__(self, keys):
         if isinstance(self.source, sources.Arrays):
             return self.crop(keys)
         return [torch.cat(parts) for parts in zip(*(self.crop([key]) for key in keys))]

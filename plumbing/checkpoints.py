@@ -182,15 +182,13 @@ def read_lock(out):
 def save(out, kind, args, step, model, optimizer, scaler, more=None):
     """Write OUT/checkpoint.pt after `step` steps: everything that --resume needs.
 
-    more: a dict of further entries. Does nothing if out is None (--benchmark).
+    more: a dict of further entries.
 
     The checkpoint goes to a temporary file first and takes its name once it is on the disk, so
     checkpoint.pt is whole at every instant. The old one becomes previous.pt. Raises ValueError,
     leaving both as they are, if the disk is full or a weight is not finite; and at step 0 if there
     is no room for the next checkpoint.
     """
-    if out is None:
-        return
     newest, temporary = out / CHECKPOINTS[0], out / "checkpoint.tmp"
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():

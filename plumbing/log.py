@@ -28,11 +28,11 @@ class Log:
     that the run resumed from; records of later steps are dropped, because they will be made again.
     """
 
-    def __init__(self, out, rank, steps, first_step=0):
-        self.steps, self.rank = steps, rank
-        self.path = out / "metrics.jsonl" if out else None
+    def __init__(self, out, steps, first_step=0):
+        self.steps = steps
+        self.path = out / "metrics.jsonl" if out and is_first() else None
         self.start, self.first_step = time.monotonic(), first_step
-        if rank == 0 and self.path and self.path.exists():
+        if self.path and self.path.exists():
             kept = [m for m in read_metrics(out) if m.get("step", math.inf) <= first_step]
             temporary = out / "metrics.tmp"
             temporary.write_text("".join(to_json(record) + "\n" for record in kept))
@@ -41,7 +41,7 @@ class Log:
 
     def write(self, **record):
         """Append one record to metrics.jsonl."""
-        if self.rank == 0 and self.path:
+        if self.path:
             with open(self.path, "a") as file:
                 file.write(to_json(record) + "\n")
 
@@ -51,7 +51,7 @@ class Log:
         Adds images per second and seconds since the start to the record, and the time left to the
         line on stdout.
         """
-        if self.rank or not self.path:
+        if not self.path:
             return
         elapsed = max(time.monotonic() - self.start, 1e-9)
         done = step - self.first_step
@@ -70,8 +70,7 @@ class Log:
     def evaluation(self, step, **values):
         """Record and print an evaluation within the run, after `step` steps."""
         self.write(step=step, **values)
-        if self.rank == 0:
-            note(f"step {step:,}  held out: {numbers(values, 4)}")
+        note(f"step {step:,}  held out: {numbers(values, 4)}")
 
     def final(self, **values):
         """Record and print the script's result; its record, the file's last, has final=True.
@@ -85,8 +84,7 @@ class Log:
                     "or masks in the data, or evaluate with --amp off"
                 )
         self.write(final=True, **values)
-        if self.rank == 0:
-            note(numbers(values, 5))
+        note(numbers(values, 5))
 
 
 class Estimate:
@@ -160,7 +158,7 @@ def from_json(text, name, constant=None):
         value = float(digits)
         if not math.isfinite(value):
             raise ValueError(f"{digits[:20]} is not a finite number")
-        return value if set(digits) & set(".eEN") else int(digits)
+        return value if set(digits) & set(".eE") else int(digits)
 
     try:
         return json.loads(text, parse_int=number, parse_float=number,

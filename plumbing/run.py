@@ -46,7 +46,7 @@ class Run:
             self.save(0)  # an --out that cannot be written to fails now
         self.model = processes.wrap(model, process, args.compile)  # what the loop calls
         self.clock = Clock(args.benchmark, process)
-        self.log = Log(self.out, process.rank, steps, self.first)
+        self.log = Log(self.out, steps, self.first)
         self.latest, self.finite = {}, FiniteSteps(self.out, self.first, steps)
         self.signals = None  # how many signals all processes of torchrun had as this step began
 
@@ -219,7 +219,7 @@ def evaluate_only(args, process, held_out, measure, draw=None):
         out.mkdir(parents=True, exist_ok=True)
     images = f"{min(len(held_out), args.eval_images):,} of {len(held_out):,} images"
     note(f"evaluating on {images} of {args.data}, {args.image_size} x {args.image_size} pixels")
-    Log(None, process.rank, 0).final(**measure())
+    Log(None, 0).final(**measure())
     if out and process.rank == 0:
         draw(out)
 

@@ -104,7 +104,7 @@ def test_fill_is_the_rounded_mean():
     images = np.zeros((60, 12, 12, 3), np.uint8)
     source = sources.Arrays("black", images, labels=np.arange(60) % 2)
     dataset = labelled.LabelledViews(args, source, 2, True, "imagenet")
-    pixels, _ = dataset.__getitems__([(0, i) for i in range(60)])
+    pixels, _ = dataset[[(0, i) for i in range(60)]]
     assert [124, 116, 104] in pixels.movedim(1, -1).reshape(-1, 3).tolist()
 
 
@@ -309,7 +309,7 @@ def test_padding_is_the_standardised_zero(normalise, train):
     """
     images = np.random.default_rng(0).integers(0, 256, (4, 10, 13, 3), np.uint8)
     dataset = masked_images(images, normalise, train, photometric=True)
-    pixels, masks = dataset.__getitems__([(0, i) for i in range(4)])
+    pixels, masks = dataset[[(0, i) for i in range(4)]]
     assert pixels.shape == (4, 3, 16, 16) and pixels.dtype == torch.uint8
     padded = masks == sources.IGNORE
     assert padded[:, 10:].all() and padded[:, :, 13:].all() and not padded[:, :10, :13].any()
@@ -320,7 +320,7 @@ def test_padding_is_the_standardised_zero(normalise, train):
 def test_large_images_are_not_padded():
     """In evaluation, an image larger than the crop against the one in the source: equal."""
     images = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)
-    pixels, masks = masked_images(images, train=False).__getitems__([(-1, 0)])
+    pixels, masks = masked_images(images, train=False)[[(-1, 0)]]
     assert np.array_equal(pixels[0].permute(1, 2, 0), images[0])
     assert np.array_equal(masks[0], images[0, ..., 0] % 4)
 
@@ -352,6 +352,6 @@ def test_long_images_are_limited():
     """A 4 x 40 image at short side 8 and long side 16: 2 x 16 (1.6 rounded), padded to 16 x 16."""
     images = np.full((1, 4, 40, 3), 200, np.uint8)
     dataset = masked_images(images, train=False, short_side=8, long_side=16)
-    pixels, masks = dataset.__getitems__([(-1, 0)])
+    pixels, masks = dataset[[(-1, 0)]]
     assert pixels.shape == (1, 3, 16, 16)
     assert (masks != sources.IGNORE).sum() == 2 * 16 and (pixels[0, 0] == 200).sum() == 2 * 16

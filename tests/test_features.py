@@ -92,7 +92,7 @@ def test_images_are_seen_as_classification_evaluates_them(checkpoint, tmp_path, 
     for x, share, normalise in zip(seen, (1.0, 0.8), ("imagenet", "half")):
         args = types.SimpleNamespace(**flags, eval_crop=share)
         view = LabelledViews(args, sets.open_source(str(data), "val"), 6, False)
-        images, _ = view.__getitems__([(-1, index) for index in range(6)])
+        images, _ = view[[(-1, index) for index in range(6)]]
         assert torch.equal(x, batches.standardise(images / 255, normalise))
 
 

@@ -76,7 +76,7 @@ def test_views_of_long_images_are_undistorted():
     cells = (np.arange(24)[:, None] // 6 + np.arange(96)[None] // 6) % 2
     image = (cells * 255).astype(np.uint8)[None]
     crops = views.Crops(sources.Arrays("long", image), [(24, "bicubic")], train=False)
-    (view,) = crops.__getitems__([(-1, 0)])
+    (view,) = crops[[(-1, 0)]]
     assert torch.equal(view[0, 0], torch.from_numpy(image[0, :, 36:60]))
 
 

@@ -393,6 +393,21 @@ def test_conversion_shows_progress_and_does_not_depend_on_workers(pillow, tmp_pa
     assert written[0] == written[1] and f"train: {len(source)} images" in capsys.readouterr().out
 
 
+def test_conversion_refuses_what_a_run_would(pillow, tmp_path):
+    """A class that is missing in val, and a mask turned against its image; nothing is left."""
+    pets, scenes, new = tmp_path / "pets", tmp_path / "scenes", tmp_path / "new"
+    grey = np.full((8, 12), 90, np.uint8)
+    for name in ("train/cat", "train/dog", "val/dog"):
+        save_all(pillow, pets / name, {"a.png": grey})
+    with pytest.raises(ValueError, match="'dog' has another number than in training"):
+        convert.main([str(pets), str(new), "--size", "8"])
+    folder = masked_folder(pillow, scenes, [0, 1], "one\ntwo\n")
+    save_all(pillow, scenes / "images" / "training", {"1.jpg": grey})
+    with pytest.raises(ValueError, match="1.png: the mask has 8x8 pixels, its image 8x12"):
+        convert.main([folder, str(new), "--size", "8"])
+    assert {path.name for path in tmp_path.iterdir()} == {"pets", "scenes"}
+
+
 def test_progress_of_a_conversion(capsys, monkeypatch):
     """Elsewhere than on a terminal: a line every five seconds, and the result."""
     clock = iter([0.0, 1.0, 6.0, 7.0, 8.0])
@@ -440,7 +455,7 @@ def test_large_jpegs_are_reduced_with_the_same_crops(train, large, monkeypatch):
     for suffix in ("jpg", "png"):
         source = sources.Files(suffix, [large / f"a.{suffix}"])
         crops = views.Crops(source, sizes, train, 1, 0.05, True, centre=0.875)
-        made[suffix] = crops.__getitems__([(epoch, 0) for epoch in range(12 if train else 1)])
+        made[suffix] = crops[[(epoch, 0) for epoch in range(12 if train else 1)]]
     half = len(scales) // 2
     assert max(scales[:half]) == 8 and set(scales[half:]) == {1}
     for reduced, whole in zip(made["jpg"], made["png"]):

@@ -41,7 +41,7 @@ def stop(*_):
 
 def in_process(program, flags, case=None):
     """Run a program's main() as its `if __name__ == "__main__"` does: see fuzz_bench.Bench."""
-    module = fuzz_bench.PROGRAMS[program][0].removeprefix("-m ").removesuffix(".py")
+    module = fuzz_bench.PROGRAMS[program]
     main = importlib.import_module(module).main
     status, out, err = 0, io.StringIO(), io.StringIO()
     timers = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
@@ -78,7 +78,7 @@ def in_process(program, flags, case=None):
 def bench(tmp_path_factory):
     """A folder of good files, which is also the working directory."""
     folder, before = tmp_path_factory.mktemp("fuzz"), os.getcwd()
-    bench = fuzz_bench.Bench(folder, in_process, fuzz_bench.PROGRAMS)
+    bench = fuzz_bench.Bench(folder, in_process)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
         os.chdir(folder)

@@ -61,7 +61,7 @@ def test_both_views_show_the_same_crop():
     crops = views.Crops(
         shapes.shapes("val"), sizes, True, seed=3, min_crop=0.4, flip=True, jitter=0.4
     )
-    large, small = (v.float() for v in crops.__getitems__([(0, i) for i in range(40)]))
+    large, small = (v.float() for v in crops[[(0, i) for i in range(40)]])
     shrunk = F.interpolate(large, (16, 16), mode="bicubic", antialias=True)
     assert (shrunk - small).abs().mean() < 2.5
     assert (shrunk.flip(0) - small).abs().mean() > 25  # other images are far
@@ -71,9 +71,9 @@ def test_samples_depend_on_seed_epoch_and_index_alone(arrays):
     """A sample drawn in a batch of eight against the same one alone, and one epoch later."""
     source = sets.open_source(arrays, "train")
     crops = views.Crops(source, [(16, "bicubic")], True, 7, 0.3, True, 0.4)
-    (together,) = crops.__getitems__([(2, i) for i in range(8)])
-    (alone,) = crops.__getitems__([(2, 5)])
-    (later,) = crops.__getitems__([(3, 5)])
+    (together,) = crops[[(2, i) for i in range(8)]]
+    (alone,) = crops[[(2, 5)]]
+    (later,) = crops[[(3, 5)]]
     assert torch.equal(together[5:6], alone) and not torch.equal(alone, later)
 
 
@@ -85,7 +85,7 @@ def test_segmentation_crops_keep_image_and_mask_together():
     flags = ["--out", "unused", "--image-size", "16"]
     args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
     keys = [(epoch, index) for epoch in range(5) for index in range(6)]
-    crops, masks = masked.MaskedImages(args, source, 4, "half", True).__getitems__(keys)
+    crops, masks = masked.MaskedImages(args, source, 4, "half", True)[keys]
     assert crops.shape == (30, 3, 16, 16) and torch.equal(crops[:, 0], masks)
 
 
@@ -442,16 +442,16 @@ def test_image_folder(tmp_path):
     source = sets.open_source(str(tmp_path), "train")
     assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1, 1]
     crops = views.Crops(source, [(8, "bicubic")], True)
-    assert crops.__getitems__([(0, i) for i in range(4)])[0].shape == (4, 3, 8, 8)
+    assert crops[[(0, i) for i in range(4)]][0].shape == (4, 3, 8, 8)
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"not an image")
-    assert crops.__getitems__([(0, 0)])[0].shape == (1, 3, 8, 8)
+    assert crops[[(0, 0)]][0].shape == (1, 3, 8, 8)
     assert crops.problems() == {"skipped": 1}
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"")
     crops = views.Crops(source, [(8, "bicubic")], True, labels=True)
-    images, labels = crops.__getitems__([(0, 1)])  # the next readable file is the first dog
+    images, labels = crops[[(0, 1)]]  # the next readable file is the first dog
     assert labels.tolist() == [1] and (images == 0).all()
     with pytest.raises(ValueError, match="0.png is not a readable image"):
-        views.Crops(source, [(8, "bicubic")], False).__getitems__([(-1, 0)])
+        views.Crops(source, [(8, "bicubic")], False)[[(-1, 0)]]
 
 
 def test_ade_folder(tmp_path):
@@ -500,11 +500,11 @@ def test_broken_image_is_skipped_counted_and_named(name, tmp_path, capsys):
     image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / "zz.png")
     source = sets.open_source(str(tmp_path), "train")
     crops = views.Crops(source, [(8, "bicubic")], True)
-    assert (crops.__getitems__([(0, 0)])[0] == 90).all() and crops.problems() == {"skipped": 1}
+    assert (crops[[(0, 0)]][0] == 90).all() and crops.problems() == {"skipped": 1}
     said = capsys.readouterr().err
     assert name in said and said.count("\n") == 1
     with pytest.raises(ValueError, match=f"{name} is not a readable image"):
-        views.Crops(source, [(8, "bicubic")], False).__getitems__([(-1, 0)])
+        views.Crops(source, [(8, "bicubic")], False)[[(-1, 0)]]
 
 
 def test_many_broken_images_are_named_up_to_a_limit(tmp_path, capsys):
@@ -515,7 +515,7 @@ def test_many_broken_images_are_named_up_to_a_limit(tmp_path, capsys):
     pytest.importorskip("PIL")
     crops = views.Crops(source, [(8, "bicubic")], True)
     with pytest.raises(ValueError, match="cannot be read or used; the last: .*png is not a read"):
-        crops.__getitems__([(0, 0)])
+        crops[[(0, 0)]]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == views.NAMED + 1 and said[-1] == "skipped: from now on they are only counted"
     assert crops.problems() == {"skipped": len(source)}
@@ -583,7 +583,7 @@ def test_a_defect_in_a_view_is_not_an_unreadable_file(monkeypatch, capsys):
     source = sources.Arrays("some", np.zeros((3, 8, 8), np.uint8))
     crops = views.Crops(source, [(4, "bicubic")], train=True)
     with pytest.raises(ValueError, match="need at least one array"):
-        crops.__getitems__([(0, 0)])
+        crops[[(0, 0)]]
     assert crops.problems() == {} and capsys.readouterr().err == ""
 
 
@@ -622,13 +622,13 @@ def test_bad_mask_is_skipped_counted_and_named(mask, tmp_path, capsys):
     masks = [tmp_path / "annotations" / "training" / f"{name}.png" for name in "ab"]
     source = sources.Files("two", files, masks=masks, mask_classes=["ground", "object"])
     train = masked.MaskedImages(args, source, 2, "half", True)
-    _, found = train.__getitems__([(0, 0)])
+    _, found = train[[(0, 0)]]
     assert found.sum() == 8 and train.problems() == {"skipped": 1}
     said = capsys.readouterr().err
     assert "annotations/training/a.png" in said and said.count("\n") == 1
     held_out = masked.MaskedImages(args, source, 2, "half", False)
     with pytest.raises(ValueError, match="annotations/training/a.png"):
-        held_out.__getitems__([(-1, 0)])
+        held_out[[(-1, 0)]]
 
 
 def test_held_out_masks_may_lack_the_last_class(tmp_path):
@@ -651,14 +651,14 @@ def test_bad_mask_of_an_array_is_skipped_counted_and_named(capsys):
     args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
     source = sources.Arrays("many", np.zeros((200, 8, 8), np.uint8), masks=masks)
     train = masked.MaskedImages(args, source, 2, "half", True)
-    _, found = train.__getitems__([(0, 1)])
+    _, found = train[[(0, 1)]]
     assert found.sum() == 0 and train.problems() == {"skipped": 1}
     assert "many, mask 1: mask value 7 is out of range" in capsys.readouterr().err
     with pytest.raises(ValueError, match="many, mask 1: mask value 7"):
-        masked.MaskedImages(args, source, 2, "half", False).__getitems__([(-1, 1)])
+        masked.MaskedImages(args, source, 2, "half", False)[[(-1, 1)]]
     part = sources.subset(source, np.array([1, 5, 7]))
     train.source = sources.subset(part, np.array([0, 1]))  # the first is number 1 of the set
-    train.__getitems__([(0, 0)])
+    train[[(0, 0)]]
     assert "many, mask 1: mask value 7" in capsys.readouterr().err
     masks[100] = 7
     with pytest.raises(ValueError, match="mask value 7"):

@@ -231,7 +231,7 @@ def test_unfinished_last_line_of_the_log_is_left_out(tmp_path):
     """A log whose last line was cut off: reading leaves it out, resuming removes it."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert log.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    log.Log(tmp_path, 0, 9, first_step=1)
+    log.Log(tmp_path, 9, first_step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
@@ -247,7 +247,7 @@ def test_line_of_the_log_that_is_no_record_is_refused(line, tmp_path):
     """The message names the file and the line; the same as a lock means that nobody holds it."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: ") as refused:
-        log.Log(tmp_path, 0, 9, first_step=1)
+        log.Log(tmp_path, 9, first_step=1)
     assert "\n" not in str(refused.value)
     (tmp_path / "lock").write_bytes(line)
     assert checkpoints.read_lock(tmp_path) == {}
@@ -265,13 +265,13 @@ def test_nan_in_the_log_of_an_earlier_version_is_null(tmp_path):
     """A skipped step's loss: --resume reads it, and writes null in its place."""
     line = '{"step": 1, "loss": %s, "mse": %s}\n'
     (tmp_path / "metrics.jsonl").write_text(line % ("NaN", "-Infinity"))
-    log.Log(tmp_path, 0, 9, first_step=1)
+    log.Log(tmp_path, 9, first_step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == line % ("null", "null")
 
 
 def test_log_never_holds_nan(tmp_path):
     """A loss that is not finite is null in the log; as the result it is an error."""
-    writer = log.Log(tmp_path, 0, 2)
+    writer = log.Log(tmp_path, 2)
     writer.step(1, 8, loss=math.nan, lr=0.1)
     (record,) = log.read_metrics(tmp_path)
     assert record["loss"] is None and record["lr"] == 0.1

@@ -67,7 +67,7 @@ def wait_until(condition):
 class Deadly(views.Samples):
     """Samples whose second batch kills its loader process."""
 
-    def __getitems__(self, keys):
+    def __getitem__(self, keys):
         if keys == [1]:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -91,7 +91,7 @@ def test_errors_of_a_dataset_in_a_loader_process_stay_what_they_are():
     """A defect, KeyError and FileNotFoundError are not taken for a killed process."""
 
     class Broken(views.Samples):
-        def __getitems__(self, keys):
+        def __getitem__(self, keys):
             raise keys[0]
 
     for error in (RuntimeError("exited unexpectedly"), FileNotFoundError("gone"), KeyError("k")):
@@ -355,7 +355,7 @@ def test_a_broken_clock_harms_nothing(step, tmp_path, monkeypatch, capsys):
     if step == 0:
         for name in ("monotonic", "perf_counter"):
             monkeypatch.setattr(time, name, wall)
-    written = log.Log(tmp_path, 0, 10)
+    written = log.Log(tmp_path, 10)
     written.step(5, 8, loss=1.0)
     assert log.read_metrics(tmp_path)[0]["seconds"] >= 0
     shown = convert.Progress("train", 9)

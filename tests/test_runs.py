@@ -11,7 +11,7 @@ import finetune_cls
 import pretrain
 import train_tokenizer
 from experiments import short_runs
-from plumbing import checkpoints, clock, log
+from plumbing import checkpoints, clock, command_line, log
 
 every_script = pytest.mark.parametrize("stage", short_runs.SCRIPTS)
 
@@ -194,3 +194,18 @@ def test_benchmark_times_every_part_and_writes_nothing(
     with pytest.raises(ValueError, match="--benchmark 4 needs a run of 5 steps, and this has"):
         short_runs.MODULES[stage].main([*flags[:-1], "4"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_the_name_of_a_data_set(tmp_path, monkeypatch, capsys):
+    """`shapes` stays the drawings; another folder needs an image size in a small recipe."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("shapes", "pets"):
+        (tmp_path / name).mkdir()
+        parser = command_line.recipe_parser(pretrain.__doc__, pretrain.RECIPES)
+        flags = ["--data", name, "--out", "runs/beit"]
+        if name == "shapes":
+            assert command_line.parse_recipe(parser, pretrain.RECIPES, flags).image_size == 24
+        else:
+            with pytest.raises(SystemExit):
+                command_line.parse_recipe(parser, pretrain.RECIPES, flags)
+            assert "made for small drawings" in capsys.readouterr().err

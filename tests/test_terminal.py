@@ -139,7 +139,7 @@ def test_updating_line_fits_the_terminal(tmp_path, capsys, monkeypatch):
     """On a terminal of 40 columns a long line is cut, so that the next one can replace it."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
-    log.Log(tmp_path, 0, 9).step(3, 8, loss=1.5, gradient_norm=0.25, learning_rate=0.001)
+    log.Log(tmp_path, 9).step(3, 8, loss=1.5, gradient_norm=0.25, learning_rate=0.001)
     printed = capsys.readouterr().out
     assert printed.startswith("\r\033[Kstep 3/9  0m00s left  ") and "\n" not in printed
     assert len(printed) == len("\r\033[K") + 39
@@ -148,7 +148,7 @@ def test_updating_line_fits_the_terminal(tmp_path, capsys, monkeypatch):
 def test_time_left_has_no_sixtieth_second(tmp_path, capsys, monkeypatch):
     """119.6 seconds are 2m00s, not 1m60s."""
     monkeypatch.setattr(log.time, "monotonic", iter([0.0, 59.8]).__next__)
-    log.Log(tmp_path, 0, 3).step(1, 8)
+    log.Log(tmp_path, 3).step(1, 8)
     assert "  2m00s left  " in capsys.readouterr().out
 
 
