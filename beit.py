@@ -358,10 +358,8 @@ class Beit(nn.Module):
     @torch.no_grad()
     def last_attention(self, x):
         """Attention weights of block L (figure 2): (B, 3, H, W) -> (B, heads, N+1, N+1)."""
-        H = self.embed(x)
-        *layers, (last, bias, _) = self.layers()
-        for block, bias_l, _ in layers:
-            H = block(H, bias_l)
+        H = self.features(x, self.config.depth - 1)  # H^(L-1)
+        *_, (last, bias, _) = self.layers()
         q, k, _ = last.attn.project(last.norm1(H))
         return last.attn.weights(q, k, bias)
 
@@ -384,7 +382,7 @@ def geometric_offsets(old, new):
 
     Offset k is at 1 + q + ... + q^(k-1). Bisection finds the q for which the last one reaches
     new-1: near offsets keep their meaning, far ones stretch. 14 -> 24 patches gives q 1.0903,
-    14 -> 32 gives 1.1349. q is at least 1.01: on a smaller grid far offsets fall away.
+    14 -> 32 gives 1.1349. q is at least 1.01: unless the grid grows enough, far offsets fall away.
     """
     low, high = 1.01, float(max(new - 1, 2))
     while high - low > 1e-9:

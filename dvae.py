@@ -274,7 +274,7 @@ class DVAE(nn.Module):
         """
         logits = self.encode(x)
         reconstruction, squared_error = self.reconstruction(x, gumbel_softmax(logits, tau, e))
-        kl = kl_to_uniform(logits)  # eq. 2's, to the prior; of q, not of the sample: (B, h, w)
+        kl = kl_to_uniform(logits)  # of q, not of the sample, to the uniform prior: (B, h, w)
         loss = reconstruction + beta * kl.sum((1, 2)).mean() / x[0].numel()
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach().mean()}
         return loss, terms, [squared_error.detach()]
@@ -282,7 +282,7 @@ class DVAE(nn.Module):
     def track(self, step, squared_errors):
         """Update running statistics after `step` (from 0), from the statistics of its passes."""
         mean = processes.all_mean(sum(squared_errors) / len(squared_errors))
-        # At first the mean of all steps: otherwise the initial 1.0 would bias a short run.
+        # At first the mean of all steps (if none is skipped): 1.0 would bias a short run.
         self.pixel_variance.lerp_(mean, max(0.02, 1 / (step + 1)))
 
 
@@ -342,7 +342,7 @@ class VQVAE(DVAE):
 
     @torch.no_grad()
     def revive_codes(self, parts, rank, world, seed):
-        """Move codes unused for about 230 steps to random encoder outputs of the global batch.
+        """Move codes whose usage has decayed below 0.1 to random outputs of the global batch.
 
         This cures VQ-VAE's index collapse. In the first call no code has been used, so it is also
         the data-driven initialisation. parts: this process's images in pieces that fit in memory.

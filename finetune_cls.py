@@ -142,7 +142,7 @@ def main(argv=None):
     layer = "layer that --linear-probe takes features from; default: L, the last"
     command_line.add_number(parser, "--layer", int, "[1, 1000]", layer)
     args = command_line.parse_recipe(parser, RECIPES, argv, SIZE_OF_INIT)
-    if args.linear_probe:  # stochastic depth off: the frozen backbone is in evaluation mode
+    if args.linear_probe:  # no stochastic depth: the backbone computes as in evaluation mode
         args.randaugment = args.erasing = args.mixup = args.cutmix = args.drop_path = 0.0
     process = processes.setup(args.device, args.amp, args.compile)
     if args.eval:

@@ -82,7 +82,7 @@ class BeitForSegmentation(Beit):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         widths = [config.dim] + [decoder_dim] * stages
         self.decoder = nn.Sequential(*(upsample(n, m) for n, m in zip(widths, widths[1:])))
-        self.decoder.append(nn.Conv2d(decoder_dim, classes, kernel_size=1))
+        self.decoder.append(nn.Conv2d(widths[-1], classes, kernel_size=1))
         init_weight(self.decoder[-1].weight)
 
     def forward(self, x, u=None):

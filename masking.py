@@ -34,16 +34,15 @@ def blockwise_mask(rng, h, w, count, min_block=16):
     """
     mask = np.zeros((h, w), dtype=bool)
     log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
-    uniform = rng.random
     masked = tries = 0
     while masked < count and tries < TRIES:
         tries += 1
-        s = min_block + (count - masked - min_block) * uniform()  # block size (range may reverse)
-        r = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * uniform())
+        s = rng.uniform(min_block, count - masked)  # block size (range may reverse)
+        r = math.exp(rng.uniform(*log_aspect))  # aspect ratio of block
         a, b = round(math.sqrt(s * r)), round(math.sqrt(s / r))
         if a >= h or b >= w:
             continue
-        t, l = int((h - a + 1) * uniform()), int((w - b + 1) * uniform())
+        t, l = int((h - a + 1) * rng.random()), int((w - b + 1) * rng.random())
         block = mask[t : t + a, l : l + b]
         new = a * b - np.count_nonzero(block)
         if 0 < new <= count - masked:
@@ -92,7 +91,7 @@ def random_mask(rng, h, w, count):
 
 
 def most_masked(kind, grid, ratio, min_block):
-    """The largest number of patches that a mask of this kind can have.
+    """An upper bound on the number of patches that a mask of this kind can have.
 
     A printed block of area s = ab covers at most (a + 1)(b + 1) centres, a + b is at most sqrt(s)
     times `stretch`, and the last block adds to at most ratio * N patches.

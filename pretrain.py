@@ -54,7 +54,7 @@ RECIPES = {
     "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),
     # masking and targets; table 4 has other values
     "masking": (*("blockwise",) * 5, "blockwise|printed|random|none", "printed: as in Algorithm 1"),
-    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share to mask (printed: least)"),
+    "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share; printed: least, use 0.4"),
     "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block (blockwise, printed), in patches"),
     "target": (*("tokens",) * 5, "tokens|pixels|normalised-pixels", "z, or the patch's own pixels"),
     "recover": (*("masked",) * 5, "masked|all", "predict tokens at masked positions, or at all"),

@@ -46,7 +46,7 @@ def parse(argv):
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")
     add("--grid14", action="store_true", help="run table 4's rows about masking on 14 x 14 patches")
     seeds = "fine-tuning runs per row; default: the recipe's"
-    command_line.add_number(parser, "--seeds", int, "[1, 100]", seeds)  # 100: learning rates
+    command_line.add_number(parser, "--seeds", int, "[1, 100]", seeds)  # seed 100 is for lr
     add("--out", help="new folder for all results; default: runs/RECIPE")
     add("--resume", action="store_true", help="keep the finished stages in --out, run the others")
     add("--scenes", help="images with masks for segmentation (docs/data.md); default: the recipe's")

@@ -2,8 +2,8 @@
 
     python -m pytest test_beit.py        # under 25 seconds on two cores
 
-The order is the paper's. The rest is in tests/: images, runs, bad input, published files.
-`python -m pytest` runs everything.
+Algorithm 1 first, then the paper's order. The rest is in tests/: images, runs, bad input, published
+files. `python -m pytest` runs everything.
 """
 
 import collections

@@ -150,7 +150,7 @@ def main(argv=None):
     run = Run(args, KIND, process, model, optimizer, args.steps, extra, train_set, held_out)
     if args.ema and run.resumed:
         evaluated.load_state_dict(run.resumed["average"])
-        average.n_averaged.fill_(run.first)
+        average.n_averaged.fill_(len(optimizer.state))  # 0 before the first update
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device
     measure = functools.partial(evaluate, evaluated, held_out, args, process)

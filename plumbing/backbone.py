@@ -154,6 +154,6 @@ def head_shapes(found):
             names = f"decoder.{l}.0.bias", f"decoder.{l}.1.weight", f"decoder.{l}.1.bias"
             shapes |= dict.fromkeys(names, (width,))
         count = len(found["classes"])
-        shapes |= {f"decoder.{stages}.weight": (count, width, 1, 1)}
+        shapes |= {f"decoder.{stages}.weight": (count, width if stages else D, 1, 1)}
         shapes |= {f"decoder.{stages}.bias": (count,)}
     return shapes

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import train_tokenizer
 from experiments.short_runs import COMMON, MODULES, SCRIPTS, script_flags, weights
 from images import sources
 from plumbing import checkpoints, log, published
+from plumbing.run import Run
 from plumbing.weights import file_digest
 
 
@@ -93,6 +95,32 @@ def test_tokenizer_continues_as_it_was_made(arrays, tmp_path, capsys):
     train_tokenizer.main([*flags, "--out", str(tmp_path / "new")])
     saved = checkpoints.load(tmp_path / "new" / "checkpoint.pt", "tokenizer")
     assert saved["config"]["quantizer"] == saved["arguments"]["quantizer"] == "vq"
+
+
+def test_the_average_of_the_weights_continues_after_skipped_steps(arrays, made, tmp_path):
+    """Stopped while every step so far was skipped, as a scaler may do in fp16: the same average."""
+    flags = [*script_flags("tokenizer", arrays, made), "--ema", "0.9", "--save-every", "1"]
+    flags += ["--steps", "4"]
+
+    class Stop(Exception):
+        pass
+
+    def allows(stop_at):
+        def skip_two(run, step, norm, lr):
+            if step == stop_at:
+                raise Stop
+            return step > 1
+
+        return mock.patch.object(Run, "allows", skip_two)
+
+    with allows(None):
+        train_tokenizer.main([*flags, "--out", str(tmp_path / "whole")])
+    with allows(1), pytest.raises(Stop):
+        train_tokenizer.main([*flags, "--out", str(tmp_path / "parts")])
+    with allows(None):
+        train_tokenizer.main(["--resume", "--out", str(tmp_path / "parts")])
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_pretraining_from_a_classifier_at_another_size(arrays, made, tmp_path, capsys):
