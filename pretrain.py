@@ -282,7 +282,8 @@ def build(args, tokenizer, predicts):
     if init:
         keep = kept_parts(args, init, model, predicts)
         if args.eval and len(keep) < 2:
-            raise ValueError(f"--eval: {args.init} lacks e_[M] or the head for this target")
+            lacks = "lacks e_[M], or a head for this target or this tokenizer"
+            raise ValueError(f"--eval: {args.init} {lacks}")
         load_backbone(model, init["model"], keep)
         names = {"mask_token": "e_[M]", "lm_head.": "head"}
         kept = ", ".join(["backbone", *(names[part] for part in keep)])

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from beit import Beit
 from experiments import features
 from images import batches, masked, patches, sets, sources, views
-from plumbing import command_line, log, noise, outputs, pictures
+from plumbing import checkpoints, command_line, log, noise, outputs, pictures
 
 SHOWN = 4  # images in a picture for which none are named
 BATCH = 64  # most images at once
@@ -355,14 +355,19 @@ def main(argv=None):
     parser.add_argument("--out", help="PNG file to write")
     help_text = "score this many images spread over --data and write no picture"
     command_line.add_number(parser, "--measure", int, "[0, 1e9]", help_text, default=0)
-    help_text = "data set for numbers and for --measure: a name or a path"
-    parser.add_argument("--data", default="shapes", help=help_text)
+    help_text = "data set for numbers and for --measure; default: that of the checkpoint"
+    parser.add_argument("--data", help=help_text)
     parser.add_argument("--data-dir", help="folder of the data set's own files")
     parser.add_argument("--split", default="val", choices=sources.SPLITS, help="split of --data")
     command_line.add_normalise_flag(parser)
     args = parser.parse_args(argv)
     if (args.measure > 0) == bool(args.out) or (args.measure and (args.images or args.points)):
         parser.error("give --out (and images, --points) for a picture, or --measure N")
+    if args.data is None:
+        saved = checkpoints.arguments_of(args.checkpoint, parser, {"data", "data_dir"})
+        args.data, args.data_dir = saved.get("data"), args.data_dir or saved.get("data_dir")
+    if args.data is None and any(image.isdigit() for image in args.images or ["0"]):
+        parser.error(f"--data is needed: {args.checkpoint} does not say what it was trained on")
     if args.out:
         outputs.check_new(args.out, args.data, (".png",))
     models, normalise = load_models(args.checkpoint, normalise=args.normalise)

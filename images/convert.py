@@ -117,6 +117,8 @@ def convert_split(source, size, split, folder, workers=None):
         for count in batches.loader(Squares(source, size, files), chunks, workers):
             done += count
             progress.show(done)
+    except photos.Unreadable as error:
+        raise ValueError(f"{error}: repair or remove it") from error
     except OSError as error:  # not of the files written: they have their bytes on the disk
         raise ValueError(f"{source.name} cannot be converted: {error}") from error
     if source.labels is not None:

@@ -18,6 +18,7 @@ from plumbing import log
 SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 IMAGE_SPLITS = {"train": ["train"], "val": ["val", "validation"], "test": ["test"]}
 MASK_SPLITS = {"train": ["training", "train"], "val": ["validation", "val"], "test": ["test"]}
+OTHER_NAMES = {"training": "train", "valid": "val", "dev": "val", "testing": "test"}  # not known
 HELD_OUT = 20  # without a folder for it, one image in so many is held out
 SURVEYED = 100  # files to look at when a set is opened
 ADE_CLASSES = 150
@@ -63,7 +64,7 @@ def listed_images(folder):
         known = " ".join(SUFFIXES)
         raise ValueError(f"no images in {folder}: found {found or 'no files'}; known: {known}")
     if others:
-        say(f"{folder}: {others.total()} files are not readable images: {found}")
+        say(f"{folder}: {others.total()} files are not of a known image format: {found}")
     return paths
 
 
@@ -80,6 +81,9 @@ def open_split(root, split, names, make):
     folders = [(part, root / name) for part in names for name in reversed(names[part])]
     given = {part: folder for part, folder in folders if folder.is_dir()}
     check_split_names(root, {folder.name for _, folder in folders})
+    for other, part in OTHER_NAMES.items():
+        if given and part not in given and (root / other).is_dir():
+            raise ValueError(f"{root / other}: rename it to {part}, the name of a split")
     if split in given and (split != "train" or "val" in given):
         return make(given[split])
     if split == "test":
@@ -243,7 +247,10 @@ def read_classes(root):
     path = root / "classes.txt"
     if not path.is_file():
         return None
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: save it as UTF-8") from error
     if "" in names:
         raise ValueError(
             f"{path}: line {names.index('') + 1} is blank; it needs one class name a line"

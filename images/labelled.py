@@ -94,8 +94,8 @@ def open_sets(args, normalise):
     if args.labels_per_class:
         train_set.source = sources.balanced_subset(source, args.labels_per_class, args.seed)
         log.note(f"training on {len(train_set):,} of {len(source):,} images (--labels-per-class)")
-    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
     sources.check_names(held_out.classes, classes, held_out)
+    held_out_set = LabelledViews(args, held_out, len(classes), False, normalise)
     return train_set, held_out_set, classes
 
 

@@ -1,5 +1,6 @@
 """Images with a class for every pixel, for segmentation (section 2.6)."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -30,8 +31,15 @@ class MaskedImages(views.Samples):
         self.padding = augment.mean_colour(normalise)
         self.one_size = isinstance(source, sources.Arrays)
         if self.one_size:  # of files, source.check() looks at some
+            values = set()
             for index in batches.spread(len(source), sources.SAMPLED):
                 self.check_mask(source.masks[index], self.mask_name(index))
+                values |= set(np.unique(source.masks[index]).tolist())
+            if values == {0, sources.IGNORE}:
+                raise ValueError(
+                    f"{source.name}: the masks hold only 0 and 255, and 255 means ignored: write "
+                    "1 in place of 255"
+                )
 
     def mask_name(self, index):
         """What a message calls the mask at `index`."""
@@ -59,8 +67,8 @@ class MaskedImages(views.Samples):
         if image.shape[1:3] != mask.shape[1:3]:
             height, width = image.shape[1:3]
             raise photos.Unreadable(
-                f"{name}: the mask has {mask.shape[1]}x{mask.shape[2]} pixels, its image "
-                f"{height}x{width}"
+                f"{name}: the mask is {mask.shape[2]} pixels wide and {mask.shape[1]} high, its "
+                f"image {width} wide and {height} high"
             )
         self.check_mask(mask, name)
         return image, mask

@@ -214,7 +214,10 @@ def check_names(held_out, trained, source):
     if held_out != trained[: len(held_out)]:
         c, wrong = next((c, n) for c, n in enumerate(held_out) if trained[c : c + 1] != [n])
         if wrong not in trained:
-            raise ValueError(f"{source.name}: class {wrong!r} is not one of those trained on")
+            known = ", ".join(map(repr, trained[:8])) + ", ..." * (len(trained) > 8)
+            raise ValueError(
+                f"{source.name}: class {wrong!r} is not one of those trained on: {known}"
+            )
         lacks = "" if trained[c] in held_out else f": it has no {trained[c]!r}, add images of it"
         raise ValueError(
             f"{source.name}: class {wrong!r} has another number than in training{lacks}"

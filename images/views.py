@@ -124,7 +124,10 @@ class Samples(Dataset):
                 return [reader(moved) for reader in readers]
             except photos.Unreadable as error:  # no other: it would be a defect of ours
                 if not self.train:
-                    raise photos.Unreadable(f"{error}; here it is needed: repair it") from error
+                    raise photos.Unreadable(
+                        f"{error}; held-out images are all needed: repair or remove it (a run that "
+                        "has begun goes on with --resume)"
+                    ) from error
                 self.skipped += 1
                 last = error
                 if self.skipped <= NAMED:

@@ -321,7 +321,8 @@ def check_mode(parser, args, evaluate_only):
     if evaluate_only and args.init in (None, "random"):
         parser.error("--eval needs --init CHECKPOINT: nothing to evaluate in random weights")
     if args.out is None and not evaluate_only and args.benchmark is None:
-        parser.error("--out is needed: a new folder for checkpoints, log and pictures")
+        what = "the folder of the stopped run" if args.resume else "a new folder for all results"
+        parser.error(f"--out is needed: {what}")
     if args.benchmark and (args.out or args.resume or evaluate_only):
         parser.error(
             "--benchmark does not write, resume or evaluate: leave out --out, --resume and --eval"

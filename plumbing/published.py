@@ -164,7 +164,10 @@ def load_pretrained(path, *kinds, normalise="auto"):
         raise ValueError(f"{path} is a {found['kind']} checkpoint; this needs one of: {needed}")
     backbone.check(path, found)
     if config["positions"] == "absolute":
-        log.note(f"{path} does not record its heads: assuming {config['heads']} for its width")
+        log.note(
+            f"{path} does not record its heads: assuming {config['heads']} for its width; if it "
+            "has another number, results are wrong: take its checkpoint.pt"
+        )
     if normalise == "auto":
         log.note(
             f"{path} does not record pixel mean and std: assuming 0.5, right for files pre-trained "
@@ -305,6 +308,8 @@ def main(argv=None):
     if found["config"]["positions"] == "absolute" and heads != assumed:
         lost.append(f"that it has {heads} heads")
     print(f"wrote {args.destination} under {args.names} names; not recorded: {', '.join(lost)}")
+    if found["kind"] == "segmentation":
+        print("these scripts take only its backbone: keep the checkpoint.pt for the decoder")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ DATA = {  # case: (script, flags, what the line must say)
     "array shape": ("cls", "--data {wrong}/flat.npz", "(32, 768)"),
     "label range": ("cls", "--data {wrong}/labels.npz", "label -1 is out of range"),
     "held-out label": ("cls", "--data {wrong}/val-labels.npz",
-                       "label 4 is out of range for 4 classes"),
+                       "class '4' is not one of those trained on: '0', '1'"),
     "label count": ("cls", "--data {wrong}/count.npz", "labels are int64 (5,)"),
     "no labels": ("cls", "--data {wrong}/no-labels.npz", "no class labels"),
     "no masks": ("seg", "--data {wrong}/no-masks.npz", "no masks"),

@@ -169,7 +169,7 @@ def test_figure_2(arrays, made, tmp_path, capsys):
     flags = ["--data", arrays, "--out", str(picture)]
     attention.main([checkpoint, "3", "4", "--points", "0,0", "3,2", *flags])
     assert picture.stat().st_size > 100
-    attention.main([checkpoint, "--data", arrays, "--measure", "3", "--split", "train"])
+    attention.main([checkpoint, "--measure", "3", "--split", "train"])  # of its own data
     scores = dict(re.findall(r"(.+?) +average precision ([\d.]+)", capsys.readouterr().out))
     heads = "mean over heads", "best head"
     rows = [f"{model}, {of}" for model in ("pre-trained", "random weights") for of in heads]

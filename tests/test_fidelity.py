@@ -164,7 +164,8 @@ def test_published_weights_say_which_pixel_statistics_they_get(tmp_path, capsys)
     weights.write(tmp_path / "bare.pth", beit.Beit(config).state_dict())
     found = published.load_pretrained(tmp_path / "bare.pth", "pretraining")
     said = capsys.readouterr().out
-    heads = f"{tmp_path}/bare.pth does not record its heads: assuming 1 for its width\n"
+    heads = f"{tmp_path}/bare.pth does not record its heads: assuming 1 for its width; if it has "
+    heads += "another number, results are wrong: take its checkpoint.pt\n"
     assert found["normalise"] == "half" and said.count("\n") == 2 and said.startswith(heads)
     assert "--normalise imagenet" in said and "bare.pth" in said
     found = published.load_pretrained(tmp_path / "bare.pth", "pretraining", normalise="imagenet")

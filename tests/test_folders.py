@@ -49,7 +49,7 @@ def test_images_at_any_depth_without_classes(tmp_path, capsys):
     assert sorted(train + val) == sorted(names) and classes == [] and len(val) >= 1
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3
-    assert "2 files are not readable images: 1 .mp4, 1 .txt" in said[0]
+    assert "2 files are not of a known image format: 1 .mp4, 1 .txt" in said[0]
     assert "12 images without class labels: 1 of them in no subfolder (top.JPG)" in said[1]
     assert f"{len(val)} of 12 images are held out as val" in said[2]
 
@@ -139,6 +139,18 @@ def test_what_is_there_instead_of_images_is_said(tmp_path):
     (tmp_path / "set/train/dog").mkdir()
     with pytest.raises(ValueError, match="dog: the class folder is empty"):
         sets.open_source(str(tmp_path / "set"), "train")
+
+
+def test_other_names_of_splits_are_said(tmp_path):
+    """`valid` beside `train` is no silent loss; where there is no split, it may be a class."""
+    touch(tmp_path / "a", "train/cat/1.jpg", "train/dog/2.jpg", "valid/cat/3.jpg")
+    with pytest.raises(ValueError, match="a/valid: rename it to val, the name of a split"):
+        opened(tmp_path / "a", "train")
+    touch(tmp_path / "b", "training/cat/1.jpg", "validation/cat/2.jpg")
+    with pytest.raises(ValueError, match="b/training: rename it to train"):
+        opened(tmp_path / "b", "train")
+    touch(tmp_path / "c", *numbered(3, "valid/{}.jpg"), *numbered(3, "invalid/{}.jpg"))
+    assert opened(tmp_path / "c", "train")[1] == ["invalid", "valid"]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -278,6 +290,22 @@ def test_masks_that_are_misread_are_refused(case, pillow, tmp_path):
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_masks_of_0_and_255_in_arrays_are_refused():
+    """As in files: every pixel would be of one class or ignored, and the mIoU 100."""
+    masks = np.resize(np.array([0, 255], np.uint8), (4, 8, 8))
+    source = sources.Arrays("own", np.zeros((4, 8, 8, 3), np.uint8), masks=masks)
+    with pytest.raises(ValueError, match="write 1 in place of 255"):
+        masked.MaskedImages(argparse.Namespace(seed=0), source, 2, "half", True)
+
+
+def test_classes_txt_must_be_utf_8(tmp_path):
+    """One line that names the file."""
+    touch(tmp_path, "images/1.jpg", "annotations/1.png")
+    (tmp_path / "classes.txt").write_bytes("Gebäude\nHimmel\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="classes.txt is not text in UTF-8"):
+        sets.open_source(str(tmp_path), "train")
+
+
 def test_masks_without_splits_and_in_colour(pillow, tmp_path):
     """images/ and annotations/ without folders of splits are split by hash; RGB masks refused."""
     for part in ("images", "annotations"):
@@ -403,7 +431,7 @@ def test_conversion_refuses_what_a_run_would(pillow, tmp_path):
         convert.main([str(pets), str(new), "--size", "8"])
     folder = masked_folder(pillow, scenes, [0, 1], "one\ntwo\n")
     save_all(pillow, scenes / "images" / "training", {"1.jpg": grey})
-    with pytest.raises(ValueError, match="1.png: the mask has 8x8 pixels, its image 8x12"):
+    with pytest.raises(ValueError, match="the mask is 8 pixels wide and 8 high, its image 12 w"):
         convert.main([folder, str(new), "--size", "8"])
     assert {path.name for path in tmp_path.iterdir()} == {"pets", "scenes"}
 
