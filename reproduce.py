@@ -1,7 +1,7 @@
 """The paper's tables 1, 3 and 4 and figure 2 at small scale, and a summary of the whole paper.
 
     python reproduce.py                       # summary on synthetic shapes: minutes on two cores
-    python reproduce.py --recipe fashion      # summary on real images: 25 minutes on two CPU cores
+    python reproduce.py --recipe fashion      # summary on real images: 26 minutes on two CPU cores
     python reproduce.py --recipe fashion --table 1 3 4 --grid14 --figure 2       # hours
     python reproduce.py --recipe photos --budgets       # part of table 4, four times: 12 hours
     python reproduce.py --recipe photos --masks --tokenizers    # other masks, widths, tokenizers
