@@ -366,8 +366,10 @@ def main(argv=None):
     if args.data is None:
         saved = checkpoints.arguments_of(args.checkpoint, parser, {"data", "data_dir"})
         args.data, args.data_dir = saved.get("data"), args.data_dir or saved.get("data_dir")
-    if args.data is None and any(image.isdigit() for image in args.images or ["0"]):
-        parser.error(f"--data is needed: {args.checkpoint} does not say what it was trained on")
+        if any(image.isdigit() for image in args.images or ["0"]):  # not files only
+            if args.data is None:
+                parser.error(f"--data is needed: {args.checkpoint} does not name its own")
+            log.note(f"images of {args.data}, the checkpoint's data: --data takes others")
     if args.out:
         outputs.check_new(args.out, args.data, (".png",))
     models, normalise = load_models(args.checkpoint, normalise=args.normalise)

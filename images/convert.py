@@ -40,14 +40,21 @@ class Squares(Dataset):
     def __getitem__(self, indices):
         arrays = {name: np.load(path, mmap_mode="r+") for name, path in self.files.items()}
         for index in indices:
-            if "masks" in arrays:
-                image, mask = self.samples.read_pair([index])
-                square = views.centre_square(image, self.size)
-                arrays["masks"][index] = views.centre_square_mask(mask[0], self.size)
-            else:
-                square = self.square([index])
-            arrays["images"][index] = square[0].permute(1, 2, 0).numpy()
+            try:
+                squares = self.squares([index])
+            except photos.Unreadable as error:
+                raise ValueError(f"{error}: repair or remove it") from error
+            for name, pixels in squares.items():
+                arrays[name][index] = pixels
         return len(indices)
+
+    def squares(self, index):
+        """{name: pixels} of the image at the one index, and of its mask if it has one."""
+        if "masks" not in self.files:
+            return {"images": self.square(index)[0].permute(1, 2, 0).numpy()}
+        image, mask = self.samples.read_pair(index)
+        square = views.centre_square(image, self.size)[0].permute(1, 2, 0).numpy()
+        return {"images": square, "masks": views.centre_square_mask(mask[0], self.size)}
 
     def square(self, index):
         """The square of the image at the one index: uint8 (1, 3, size, size)."""
@@ -117,8 +124,6 @@ def convert_split(source, size, split, folder, workers=None):
         for count in batches.loader(Squares(source, size, files), chunks, workers):
             done += count
             progress.show(done)
-    except photos.Unreadable as error:
-        raise ValueError(f"{error}: repair or remove it") from error
     except OSError as error:  # not of the files written: they have their bytes on the disk
         raise ValueError(f"{source.name} cannot be converted: {error}") from error
     if source.labels is not None:

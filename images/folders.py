@@ -18,7 +18,7 @@ from plumbing import log
 SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 IMAGE_SPLITS = {"train": ["train"], "val": ["val", "validation"], "test": ["test"]}
 MASK_SPLITS = {"train": ["training", "train"], "val": ["validation", "val"], "test": ["test"]}
-OTHER_NAMES = {"training": "train", "valid": "val", "dev": "val", "testing": "test"}  # not known
+OTHER_NAMES = {"training": "train", "valid": "val", "dev": "val", "testing": "test"}  # refused
 HELD_OUT = 20  # without a folder for it, one image in so many is held out
 SURVEYED = 100  # files to look at when a set is opened
 ADE_CLASSES = 150
@@ -76,7 +76,8 @@ def open_split(root, split, names, make):
 
     names: {split: the names that its folder may have}. make(pool): the Files of all images below
     the folder `pool`, which is that of the split, of the training set, or, where no split has a
-    folder, `root`. Raises NoSplit if there is no such split.
+    folder, `root`. Raises NoSplit if there is no such split, and ValueError for a folder beside the
+    splits' whose name other programs give to a missing one: it would be left out without a word.
     """
     folders = [(part, root / name) for part in names for name in reversed(names[part])]
     given = {part: folder for part, folder in folders if folder.is_dir()}

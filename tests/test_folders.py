@@ -5,11 +5,14 @@ What a program says about a set is a line on stdout; each is checked where it is
 
 import argparse
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from experiments import HERE
 from images import batches, convert, folders, labelled, masked, photos, sets, sources, views
 
 
@@ -433,6 +436,13 @@ def test_conversion_refuses_what_a_run_would(pillow, tmp_path):
     save_all(pillow, scenes / "images" / "training", {"1.jpg": grey})
     with pytest.raises(ValueError, match="the mask is 8 pixels wide and 8 high, its image 12 w"):
         convert.main([folder, str(new), "--size", "8"])
+    (pets / "val" / "cat").mkdir()
+    (pets / "val" / "cat" / "b.png").write_bytes(b"no image")
+    command = [sys.executable, "-m", "images.convert", pets, new, "--size", "8"]
+    ended = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    line = f"{pets}/val/cat/b.png is not a readable image: "
+    assert ended.returncode == 2 and ended.stderr.startswith(f"convert.py: error: {line}")
+    assert ended.stderr.endswith(": repair or remove it\n") and ended.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"pets", "scenes"}
 
 
