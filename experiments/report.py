@@ -21,7 +21,7 @@ from pathlib import Path
 
 from experiments import attention, paper
 from experiments.stages import base_name
-from experiments.tables import all_values, cell_text, finished_stages, read_results
+from experiments.tables import CLAIM_TABLES, all_values, cell_text, finished_stages, read_results
 from plumbing import command_line, log, outputs, pictures
 
 SCRIPTS = {
@@ -114,7 +114,7 @@ def results(saved):
         "validation split, with a separate seed, is taken. Numbers with ± are mean and standard "
         "deviation over all runs of a row; each fine-tuning seed has its own labelled images.</p>"
     ]
-    for name in (*paper.EXPERIMENTS, "claims"):
+    for name in (*paper.EXPERIMENTS, *CLAIM_TABLES):
         if name not in saved["tables"]:
             continue
         table = saved["tables"][name]

@@ -17,8 +17,7 @@ from experiments.machine import machine
 from plumbing import entries, log, outputs
 
 CLAIMS = [
-    # (claim, experiment, column, the row that should win, the row that should lose); {}: the
-    # column's title
+    # (claim, experiment, column, the row that should win, the row that should lose)
     ("BEiT beats training from scratch, few labels", "table 1", 1, "BEiT", "from scratch"),
     ("BEiT beats training from scratch, all labels", "table 1", -2, "BEiT", "from scratch"),
     ("Higher resolution helps", "table 1", 1, "BEiT, higher resolution", "BEiT"),
@@ -40,17 +39,6 @@ CLAIMS = [
         )
         for column, task in ((1, "classification"), (2, "segmentation"))
     ),
-    *(
-        (f"{claim}, {measure}, {{}}", "budgets", column, f"BEiT, {measure}", f"{loser}, {measure}")
-        for claim, loser in (
-            ("Blockwise beats random masking", "- blockwise masking"),
-            ("Recovering masked tokens alone beats 100 %", "+ recover 100 %"),
-            ("Masking beats none", "- masking + recover 100 %"),
-            ("Visual tokens beat pixels", "- visual tokens"),
-        )
-        for measure in ("top-1", "k-NN", "mIoU")
-        for column in range(1, 5)
-    ),
     ("Pre-training longer helps, classification", "table 4", 1, "pretrain longer", "BEiT"),
     ("Pre-training longer helps, segmentation", "table 4", 2, "pretrain longer", "BEiT"),
     *(
@@ -63,41 +51,64 @@ CLAIMS = [
         )
     ),
 ]
+BUDGET_CLAIMS = [  # (claim, the row that should win, the row that should lose)
+    (f"{claim}, {measure}", f"BEiT, {measure}", f"{loser}, {measure}")
+    for claim, loser in (
+        ("Blockwise beats random masking", "- blockwise masking"),
+        ("Recovering masked tokens alone beats 100 %", "+ recover 100 %"),
+        ("Masking beats none", "- masking + recover 100 %"),
+        ("Visual tokens beat pixels", "- visual tokens"),
+    )
+    for measure in ("top-1", "k-NN", "mIoU")
+]
+CLAIM_TABLES = ("claims", "claims by budget")
 TIMED = {"seconds": (int, float), "threads": int, "resumed": bool}  # of each stage
 WHERE = ("machine", "torch")  # likewise; earlier versions did not note them
 MARKER = re.compile(r"(<!-- results of ([\w, ]+): ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def verdicts(tables):
-    """A table with a verdict on each of CLAIMS whose column is in `tables` {experiment: table}.
-
-    "holds": the difference of the means exceeds twice the pooled standard deviation; "does not
-    hold": it is below minus that; "undecided": it is between, or a row has only one run. Rows
-    without results, such as mIoU where there were no masks, have no verdict.
-    """
-    rows = []
-    for claim, experiment, column, winner, loser in CLAIMS:
-        if experiment not in tables or column >= len(tables[experiment]["columns"]):
-            continue
-        rows_of = tables[experiment]["rows"]
-        cells = {row[0]: row[column] for row in rows_of if row[column] is not None}
-        if not {winner, loser} <= cells.keys():  # no masks, or an earlier version's table
-            continue
-        if not all(isinstance(cells[row], dict) for row in (winner, loser)):
-            raise ValueError(f"{experiment} in results.json has no runs of {winner} and {loser}")
-        claim = claim.format(tables[experiment]["columns"][column])
-        a, b = (all_values(cells[row]) for row in (winner, loser))
-        difference = statistics.mean(a) - statistics.mean(b)
-        margin = math.inf
-        if min(len(a), len(b)) > 1:
-            margin = 2 * pooled_deviation(a, b)
-        verdict = "holds" if difference > 0 else "does not hold"
-        if abs(difference) <= margin:
-            verdict = "undecided"
-        numbers = f"{spread(cells[winner])} against {spread(cells[loser])}"
-        rows.append([claim, verdict, numbers])
+    """A table with a verdict on each of CLAIMS whose rows are in `tables` {experiment: table}."""
+    rows = [
+        [claim, found[0], found[1]]
+        for claim, experiment, *cells in CLAIMS
+        if experiment in tables and (found := verdict(tables[experiment], *cells))
+    ]
     columns = ["claim", "at this scale", "numbers"]
     return {"title": "The paper's claims", "columns": columns, "rows": rows}
+
+
+def budget_verdicts(table):
+    """A table with a verdict on each of BUDGET_CLAIMS for each column of the budgets' table."""
+    columns = ["claim", *table["columns"][1:]]
+    rows = []
+    for claim, *names in BUDGET_CLAIMS:
+        found = [verdict(table, column, *names) for column in range(1, len(columns))]
+        if any(found):
+            rows.append([claim, *(each and f"{each[0]}, {each[2]:+.1f}" for each in found)])
+    title = "The paper's claims by budget, and by how much the first is ahead"
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+def verdict(table, column, winner, loser):
+    """(verdict, numbers as text, difference) of two rows in a column; None if one has no results.
+
+    "holds": the difference of the means exceeds twice the pooled standard deviation; "does not
+    hold": it is below minus that; "undecided": it is between, or a row has only one run.
+    """
+    cells = {row[0]: row[column] for row in table["rows"]}
+    cells = [cells.get(name) for name in (winner, loser)]
+    if None in cells:  # no masks, or an earlier version's table
+        return None
+    if not all(isinstance(cell, dict) for cell in cells):
+        raise ValueError(f"{table['title']} in results.json has no runs of {winner} and {loser}")
+    a, b = map(all_values, cells)
+    difference = statistics.mean(a) - statistics.mean(b)
+    margin = 2 * pooled_deviation(a, b) if min(len(a), len(b)) > 1 else math.inf
+    found = "holds" if difference > 0 else "does not hold"
+    if abs(difference) <= margin:
+        found = "undecided"
+    return found, " against ".join(map(spread, cells)), difference
 
 
 def pooled_deviation(a, b):
@@ -265,9 +276,9 @@ def save_results(runner, tables):
     for name, stage in sorted(finished.items()):
         saved["stages"][name] = {key: stage[key] for key in (*TIMED, *WHERE) if key in stage}
     saved["tables"] |= tables
-    claims = verdicts(saved["tables"])
-    if claims["rows"]:
-        saved["tables"]["claims"] = claims
+    budgets = saved["tables"].get("budgets", {"columns": [""], "rows": []})
+    made = verdicts(saved["tables"]), budget_verdicts(budgets)
+    saved["tables"] |= {name: table for name, table in zip(CLAIM_TABLES, made) if table["rows"]}
     write_results(runner.out, saved)
     return saved
 

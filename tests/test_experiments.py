@@ -364,10 +364,10 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     assert seeds == [1, 1, 1, runner.settings["budget_seeds"]]
     results = tables.save_results(runner, {"budgets": table})
     assert all(stage["machine"] and stage["torch"] for stage in results["stages"].values())
-    claims = results["tables"]["claims"]["rows"]
-    assert len(claims) == 4 * 2 * 4 and claims[0][0].endswith(table["columns"][1])
+    claims = results["tables"]["claims by budget"]
+    assert claims["columns"][1:] == table["columns"][1:] and len(claims["rows"]) == 4 * 2
+    assert "claims" not in results["tables"]
     assert [len(found["rows"][0]) for found in saved] == [2, 3, 4, 5]  # after each budget
-    assert len(tables.verdicts({"budgets": saved[0]})["rows"]) == 4 * 2
     curves = {path.name for path in tmp_path.glob("*.svg") if "<polyline" in path.read_text()}
     assert curves == {"budgets-top-1.svg", "budgets-k-nn.svg"}
 
@@ -503,13 +503,24 @@ def test_longest_stages_start_first(tmp_path, monkeypatch):
 
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
     """Differences of means against twice the pooled deviation: 5 > 2 * 1.41, 1.8 < 2 * 1.04."""
-    claims = [("far {}", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
+    claims = [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
     monkeypatch.setattr(tables, "CLAIMS", claims)
     values = {"a": [[10.0, 12.0]], "b": [[7.0, 5.0]], "c": [[7.5], [8.1]]}
     rows = [[row, {"values": runs}] for row, runs in values.items()]
     table = {"columns": ["", "top-1"], "rows": rows}
     found = {claim: verdict for claim, verdict, _ in tables.verdicts({"t": table})["rows"]}
-    assert found == {"far top-1": "holds", "near": "undecided", "less": "does not hold"}
+    assert found == {"far": "holds", "near": "undecided", "less": "does not hold"}
+    monkeypatch.setattr(tables, "BUDGET_CLAIMS", [(name, *rows) for name, _, _, *rows in claims])
+    for row in table["rows"]:
+        row.insert(1, None if row[0] == "c" else row[1])
+    table["columns"] = ["", "1 epoch", "2 epochs"]
+    by_budget = tables.budget_verdicts(table)
+    assert by_budget["columns"] == ["claim", "1 epoch", "2 epochs"]
+    assert by_budget["rows"] == [
+        ["far", *["holds, +5.0"] * 2],
+        ["near", None, "undecided, +1.8"],
+        ["less", *["does not hold, -5.0"] * 2],
+    ]
     lists = [0.0, 0.0, 5.0, 3.0], [2.0, 4.0]  # variances 6 and 2, with weights 3 and 1
     assert tables.pooled_deviation(*lists) == pytest.approx(math.sqrt(5))
 
