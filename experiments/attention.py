@@ -24,7 +24,6 @@ Four rankings need no network: by distance in the image, by similarity of the pi
 from the image's centre whatever the reference patch (photographers put objects there), and chance.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -63,11 +62,9 @@ class Seen:
     ValueError naming an image or a mask that cannot be used.
     """
 
-    def __init__(self, source, size, normalise):
-        self.source, self.size, self.samples = source, size, None
-        if source.masks is not None:  # this checks each mask against its image and its classes
-            args, classes = argparse.Namespace(seed=0), len(source.mask_classes)
-            self.samples = masked.MaskedImages(args, source, classes, normalise, train=False)
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+        self.samples = None if source.masks is None else masked.checked(source)
 
     def __getitem__(self, index):
         if not self.samples:
@@ -85,20 +82,20 @@ class Seen:
         return views.centre_square(image, self.size)[0].float() / 255
 
 
-def see_images(images, source, size, normalise):
+def see_images(images, source, size):
     """The images of a picture as the model sees them, a list: see Seen.
 
     images: image files, or numbers of images in the source, which may be None if there are none.
     Raises ValueError if there is no such image.
     """
-    numbered, found = source and Seen(source, size, normalise), []
+    numbered, found = source and Seen(source, size), []
     for image in images:
         if image.isdigit() and int(image) >= len(source):
             raise ValueError(f"image {image}: {source.name} has only images 0 to {len(source) - 1}")
         if image.isdigit():
             found.append(numbered[int(image)])
         elif Path(image).is_file():
-            found.append(Seen(sources.Files(image, [Path(image)]), size, normalise)[0])
+            found.append(Seen(sources.Files(image, [Path(image)]), size)[0])
         else:
             raise ValueError(f"image {image}: no such file, and not a number")
     return found
@@ -260,7 +257,7 @@ def separation(models, normalise, source, count):
     object.
     """
     config = next(iter(models.values())).config
-    seen = Seen(source, config.image_size, normalise)
+    seen = Seen(source, config.image_size)
     if not seen.samples:
         raise ValueError(
             f"{source.name} has no masks, which show where objects are; shapes and "
@@ -335,7 +332,7 @@ def draw(models, normalise, args):
     if not images or any(image.isdigit() for image in images):
         source = sets.open_source(args.data, args.split, args.data_dir)
         images = images or [str(index) for index in batches.spread(len(source), SHOWN)]
-    seen = see_images(images, source, config.image_size, normalise)
+    seen = see_images(images, source, config.image_size)
     has_masks = all(mask is not None for _, mask in seen)  # every row needs as many points
     rows = []
     for pixels, mask in seen:

@@ -45,8 +45,6 @@ from masking import make_mask, mask_count
 from plumbing import clock, command_line, processes
 from pretrain import BeitForMaskedImageModeling, fixed_count, recovery_loss
 
-COMMAND = [sys.executable, "-m", "experiments.benchmark"]
-
 RECIPE = costs.settings("pretraining", "base")
 GRID, VOCAB, MASKED = 14, 8192, RECIPE.mask_ratio
 WEIGHT_DECAY, LR = RECIPE.weight_decay, 1e-4
@@ -312,8 +310,9 @@ def memory(images, device):
     """
     print(f"\nin {default_precision(device)[0]}:")
     for name in ("ours", "transformers"):
-        flags = ["--images", str(images), "--only", name, "--device", device.type]
-        done = subprocess.run([*COMMAND, *flags], cwd=HERE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "experiments.benchmark", "--images", str(images)]
+        command += ["--only", name, "--device", device.type]
+        done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(f"{name} ended with status {done.returncode}")
         print(f"peak memory, {name:28s} {done.stdout.strip()}", flush=True)

@@ -11,7 +11,6 @@ was started, code that ran, or NaN in a log. Exit status 1 if there is one. test
 hundreds of these cases in process.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -32,6 +31,7 @@ from experiments.fuzz_bench import (
     ACCEPT, FRESH, MEMORY, PROGRAMS, REFUSE, SECONDS, Bench, Result,
 )  # fmt: skip
 from experiments.mutations import KINDS
+from plumbing import command_line
 from plumbing.signals import STOPPED
 
 # -------------------------------------------------------- one case, and what is wrong with it
@@ -203,9 +203,7 @@ def report(tried, found):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=5, help="how long")
     add("--seed", type=int, default=0, help="of the cases")

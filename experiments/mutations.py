@@ -589,8 +589,8 @@ def damage_file(bench, rng, path, source):
     return f"hostile pickle ({how}) as {entry}", True
 
 
-def consumers(bench, kind, path, folder):
-    """[(program, flags, its --out)] that read a checkpoint of this kind, or published weights."""
+def consumers(kind, path, folder):
+    """[(program, flags)] that read a checkpoint of this kind, or published weights."""
     out, found = f"{folder}/out", []
     start = {
         "tokenizer": [("beit", "--tokenizer"), ("tokenizer", "--init")],
@@ -651,7 +651,7 @@ def checkpoints(bench, rng, folder):
     if resumed:
         flags = as_list(BASE[kind] | {"--out": f"{folder}/run"}) + ["--resume"]
         return Case(kind, flags, f"--resume, {what}", expect, f"{folder}/run")
-    program, flags = rng.choice(consumers(bench, kind, f"{folder}/run/checkpoint.pt", folder))
+    program, flags = rng.choice(consumers(kind, f"{folder}/run/checkpoint.pt", folder))
     if program == "published" and expect == REFUSE and ": " in what:
         expect = EITHER  # it shows what is there
     return Case(program, flags, f"{kind}'s checkpoint, {what}", expect, f"{folder}/out")
@@ -677,7 +677,7 @@ def weights(bench, rng, folder):
         needed = nonsense and NEEDED.fullmatch(name)
         expect, what = REFUSE if needed else EITHER, f"{name}: {what}"
         torch.save(state, path)
-    program, flags = rng.choice(consumers(bench, "beit", f"{folder}/{path.name}", folder))
+    program, flags = rng.choice(consumers("beit", f"{folder}/{path.name}", folder))
     if program == "published" and expect == REFUSE and ": " in what:
         expect = EITHER
     return Case(program, flags, f"published weights, {what}", expect, f"{folder}/out")

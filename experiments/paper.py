@@ -234,11 +234,11 @@ def summary(runner):
     return table
 
 
-def pretrained(runner, tokenizer):
-    """Checkpoints of BEiT, one for each of `pretraining_seeds`."""
+def pretrained(runner, tokenizer, *more):
+    """Checkpoints of BEiT, one for each of `pretraining_seeds`, and of `more` calls."""
     seeds = range(runner.settings["pretraining_seeds"])
-    calls = {seed: beit_call(runner, "BEiT", tokenizer, seed=seed) for seed in seeds}
-    return [record["checkpoint"] for record in runner.stages(calls).values()]
+    calls = [*(beit_call(runner, "BEiT", tokenizer, seed=seed) for seed in seeds), *more]
+    return [record["checkpoint"] for record in runner.stages(dict(enumerate(calls))).values()]
 
 
 def table1(runner):
@@ -248,14 +248,8 @@ def table1(runner):
     """
     s = runner.settings
     tokenizer, small = tokenizer_stage(runner), ("--model", s["small_model"])
-    calls = {
-        seed: beit_call(runner, "BEiT", tokenizer, seed=seed)
-        for seed in range(s["pretraining_seeds"])
-    }
-    calls["small"] = beit_call(runner, f"BEiT {s['small_model']}", tokenizer, *small)
-    records = runner.stages(calls)
-    mini = [records.pop("small")["checkpoint"]]
-    tiny = [record["checkpoint"] for record in records.values()]
+    smaller = beit_call(runner, f"BEiT {s['small_model']}", tokenizer, *small)
+    *tiny, mini = pretrained(runner, tokenizer, smaller)
     columns = {}
     for labels in (*s["labels"], 0):
         lrs, lrs_random = rates_for(labels)
@@ -267,7 +261,7 @@ def table1(runner):
         if labels:
             flags = ("--layer-decay", 1, *small)
             starts["from scratch, smaller model"] = Start(["random"], s[lrs_random], flags)
-            starts["BEiT, smaller model"] = Start(mini, s[lrs])
+            starts["BEiT, smaller model"] = Start([mini], s[lrs])
         found = classify(runner, labels, starts)
         found["BEiT, higher resolution"] = higher_resolution(runner, labels, found["BEiT"])
         found["logistic regression on raw pixels"] = baselines.raw_pixels(runner, labels)

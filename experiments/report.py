@@ -419,11 +419,8 @@ def times(saved, stages):
         parts.append(f"<p>{html.escape(saved['machine'])}; torch {saved['torch']}.</p>")
     if stages:
         rows = [
-            [
-                *(name, stage["seconds"], stage["threads"] or "all", value_text(stage["resumed"])),
-                stage.get("machine", ""),
-            ]
-            for name, stage in stages.items()
+            [name, s["seconds"], s["threads"] or "all", value_text(s["resumed"]), s.get("machine")]
+            for name, s in stages.items()
         ]
         parts += [
             f"<p>Seeds: {html.escape(seeds(stages))}.</p>",

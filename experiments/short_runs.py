@@ -25,33 +25,19 @@ MODULES = {
 }
 
 COMMON = ["--device", "cpu", "--amp", "off", "--batch-size", "8"]
-TOKENIZER = [
-    *("--image-size", "16", "--vocab-size", "16", "--hidden", "8", "--code-dim", "8"),
-    *("--tau-steps", "2"),
-]
+STEPS, EPOCHS = "--steps 4 --warmup-steps 1", "--epochs 1 --warmup-epochs 0.25"
+TOKENIZER = "--vocab-size 16 --hidden 8 --code-dim 8 --tau-steps 2"
 SCRIPTS = {  # stage: the script and its flags
-    "tokenizer": ["train_tokenizer.py", *TOKENIZER, "--steps", "4", "--warmup-steps", "1"],
-    "beit": [
-        *("pretrain.py", "--image-size", "16", "--token-size", "16", "--min-block", "2"),
-        *("--epochs", "1", "--warmup-epochs", "0.25"),
-    ],
-    "cls": [
-        *("finetune_cls.py", "--image-size", "16", "--labels-per-class", "0"),
-        *("--epochs", "1", "--warmup-epochs", "0.25"),
-    ],
-    "seg": [
-        *("finetune_seg.py", "--image-size", "16", "--train-images", "0"),
-        *("--steps", "4", "--warmup-steps", "1"),
-    ],
+    "tokenizer": f"train_tokenizer.py --image-size 16 {TOKENIZER} {STEPS}".split(),
+    "beit": f"pretrain.py --image-size 16 --token-size 16 --min-block 2 {EPOCHS}".split(),
+    "cls": f"finetune_cls.py --image-size 16 --labels-per-class 0 {EPOCHS}".split(),
+    "seg": f"finetune_seg.py --image-size 16 --train-images 0 {STEPS}".split(),
 }
 NOISE = {  # flags that switch on the randomness that SCRIPTS leaves out
-    "tokenizer": ["--ema", "0.9", "--flip", "--min-crop", "0.5"],
-    "beit": ["--drop-path", "0.2", "--min-crop", "0.5", "--jitter", "0.4"],
-    "cls": [
-        *("--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1"),
-        *("--randaugment", "9", "--erasing", "0.5"),
-    ],
-    "seg": ["--drop-path", "0.2", "--min-scale", "1.0", "--max-scale", "2.0", "--photometric"],
+    "tokenizer": "--ema 0.9 --flip --min-crop 0.5".split(),
+    "beit": "--drop-path 0.2 --min-crop 0.5 --jitter 0.4".split(),
+    "cls": "--drop-path 0.2 --mixup 0.8 --cutmix 1 --randaugment 9 --erasing 0.5".split(),
+    "seg": "--drop-path 0.2 --min-scale 1.0 --max-scale 2.0 --photometric".split(),
 }
 RESULTS = {  # names in each script's final record
     "tokenizer": {"reconstruction_mse", "codebook_perplexity", "codebook_used"},
@@ -114,8 +100,3 @@ def different_weights(a, b):
     a, b = weights(a), weights(b)
     shared = a.keys() & b.keys()
     return sorted((a.keys() ^ b.keys()) | {n for n in shared if not torch.equal(a[n], b[n])})
-
-
-def assert_same_bits(a, b):
-    """Assert that two runs ended with the same weights, bit for bit; a, b: their --out folders."""
-    assert not different_weights(a, b)

@@ -27,7 +27,7 @@ import torch
 
 from experiments import HERE, tables
 from experiments.machine import machine
-from images import sets, sources
+from images import masked, sets, sources
 from plumbing import checkpoints, command_line, log, outputs, signals
 
 # script: the summary's stage whose record stands for stages without one, and the seconds on two CPU
@@ -227,9 +227,9 @@ class Progress:
         recorded = sum(self.known(s) * s.share() for s in tried)
         return sum(s.elapsed(now) for s in tried) / recorded if recorded else 1.0
 
-    def seconds_left(self, now=None):
+    def seconds_left(self):
         """Estimate of the seconds until every stage of the plan has ended."""
-        now = time.monotonic() if now is None else now
+        now = time.monotonic()
         ratios = {alone: self.ratio(alone, now) for alone in (True, False)}
         total = 0.0
         for group in self.groups:
@@ -293,13 +293,6 @@ class Result(dict):
         raise ValueError(f"{stage}.json has no {name}: remove it to run the stage")
 
 
-def check_masks(source):
-    """Raise ValueError if images for segmentation have no masks, or some that cannot be used."""
-    if source.masks is None:
-        raise ValueError(f"{source.name}: it has no masks, which segmentation needs")
-    source.check()
-
-
 class Runner:
     """Runs stages as processes, up to `jobs` side by side, and returns what they reported.
 
@@ -356,7 +349,7 @@ class Runner:
                 source = sets.open_source(name, split, self.data_dir)
                 source.read([0])  # image files need Pillow: fail now, not in hours
                 if name == scenes:
-                    check_masks(source)
+                    masked.checked(source)
                 for what, value in sources.fingerprint(source).items():
                     found[f"{what} of {name} {split}"] = value
         return found

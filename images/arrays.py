@@ -29,8 +29,7 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0}  # by version of the for
 def whole(what):
     """Raise ValueError naming `what` for whatever numpy and zipfile raise on damaged files."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as numpy's on headers of Python 2
+        with warnings.catch_warnings(action="ignore"):  # such as numpy's on headers of Python 2
             yield
     except Exception as error:  # of zipfile, zlib, the header's parser, numpy: of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,6 @@ Each image becomes its largest centred square, resized. The result is a --data o
 Image files are decoded on all cores.
 """
 
-import argparse
 import contextlib
 import math
 import sys
@@ -33,9 +32,7 @@ class Squares(Dataset):
 
     def __init__(self, source, size, files):
         self.source, self.size, self.files = source, size, files
-        if "masks" in files:  # this checks each mask against its image and its classes
-            args, classes = argparse.Namespace(seed=0), len(source.mask_classes)
-            self.samples = masked.MaskedImages(args, source, classes, "half", train=False)
+        self.samples = masked.checked(source) if "masks" in files else None
 
     def __getitem__(self, indices):
         arrays = {name: np.load(path, mmap_mode="r+") for name, path in self.files.items()}
@@ -50,7 +47,7 @@ class Squares(Dataset):
 
     def squares(self, index):
         """{name: pixels} of the image at the one index, and of its mask if it has one."""
-        if "masks" not in self.files:
+        if not self.samples:
             return {"images": self.square(index)[0].permute(1, 2, 0).numpy()}
         image, mask = self.samples.read_pair(index)
         square = views.centre_square(image, self.size)[0].permute(1, 2, 0).numpy()

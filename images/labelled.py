@@ -88,7 +88,8 @@ def mix(x, targets, mixup, cutmix, rng):
 
 def open_sets(args, normalise):
     """(training set, held-out set, class names) of --data, for the flags of finetune_cls."""
-    source, held_out = sets.open_splits(args)
+    source = sets.open_source(args.data, "train", args.data_dir)
+    held_out = sets.open_source(args.data, args.eval_split, args.data_dir)
     classes = source.classes
     train_set = LabelledViews(args, source, len(classes), True, normalise)
     if args.labels_per_class:

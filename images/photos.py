@@ -44,8 +44,7 @@ def readable(path):
             "(see python -m images.convert --help)"
         ) from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said in one line
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said in one line
             # A file of a few bytes can claim a hundred million pixels.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield Image

@@ -49,9 +49,3 @@ def open_source(data, split, data_dir=None):
     if path.exists():
         raise ValueError(f"--data {data}: a file, but neither a .npz file nor a folder")
     raise ValueError(f"--data {data}: no such file or folder, and not one of {', '.join(loaders)}")
-
-
-def open_splits(args):
-    """(training source, held-out source) of --data, the second from --eval-split."""
-    train = open_source(args.data, "train", args.data_dir)
-    return train, open_source(args.data, args.eval_split, args.data_dir)

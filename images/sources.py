@@ -40,17 +40,10 @@ class Arrays:
     def __len__(self):
         return len(self.images)
 
-    def check(self):
-        """The masks' type and shape were checked when this was made: see Files.check."""
-
     def read(self, indices):
         """uint8 images (B, H, W, 3); grey images get three equal channels."""
         images = np.array(self.images[indices])
         return images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=3)
-
-    def read_labels(self, indices):
-        """int64 labels (B,)."""
-        return self.labels[indices]
 
     def read_masks(self, indices):
         """uint8 masks (B, H, W)."""
@@ -158,10 +151,6 @@ class Files:
         Raises photos.Unreadable naming a file that cannot be decoded.
         """
         return self.open(indices).pixels()
-
-    def read_labels(self, indices):
-        """int64 labels (1,)."""
-        return self.labels[indices]
 
     def read_masks(self, indices):
         """The mask at the one index as uint8 (1, H, W): class numbers from 0, or IGNORE."""

@@ -176,7 +176,8 @@ class Crops(Samples):
     def crop(self, keys):
         """The views, and labels if wanted, of samples whose images have one size."""
         readers = [functools.partial(self.make_views, keys)]
-        readers += [self.source.read_labels] * self.labels
+        if self.labels:
+            readers.append(lambda moved: self.source.labels[moved])
         made, *labels = self.read([index for _, index in keys], *readers)
         return [*made, *map(torch.from_numpy, labels)]
 
@@ -191,8 +192,9 @@ class Crops(Samples):
             images = photo.pixels(scale)
             reduced = (*photo.size, scale) if scale > 1 else None
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        views_of = self.random_views if self.train else self.centre_views
-        return views_of(images, keys, reduced)
+        if self.train:
+            return self.random_views(images, keys, reduced)
+        return [centre_view(images, *view, self.centre, reduced) for view in self.views]
 
     def spare(self, key, height, width):
         """How far an image may be reduced until a view has more pixels than its crop."""
@@ -202,13 +204,7 @@ class Crops(Samples):
         (_, _, *sides), _, _ = self.draw(key, height, width)
         return min(sides) / largest
 
-    def centre_views(self, images, keys, reduced=None):
-        """The views for evaluation, where nothing is random."""
-        return [
-            centre_view(images, size, kernel, self.centre, reduced) for size, kernel in self.views
-        ]
-
-    def random_views(self, images, keys, reduced=None):
+    def random_views(self, images, keys, reduced):
         """The views for training: flip and colour jitter, then one crop resized to each size.
 
         reduced: see centre_view. Crops are drawn in the whole image, however it was decoded.

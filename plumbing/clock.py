@@ -49,12 +49,6 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def first_tensor(output):
-    """The first tensor with a gradient in a model's output, a tensor or a tuple."""
-    parts = output if isinstance(output, tuple) else (output,)
-    return next(part for part in parts if isinstance(part, torch.Tensor) and part.requires_grad)
-
-
 class Clock:
     """Times the parts of a step: data, tokenizer, forward with loss, backward, optimiser.
 
@@ -84,7 +78,8 @@ class Clock:
 
         def hook_gradient(module, inputs, output):
             # The gradient reaches the output when the loss's own backward is done.
-            first_tensor(output).register_hook(lambda gradient: self.begin("backward"))
+            output = output[0] if isinstance(output, tuple) else output
+            output.register_hook(lambda gradient: self.begin("backward"))
 
         model.register_forward_hook(hook_gradient)
         optimizer.register_step_pre_hook(lambda *_: self.begin("optimiser"))

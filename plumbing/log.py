@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from plumbing import outputs
+
 
 def is_first():
     """Is this the first of torchrun's processes, or the only one?"""
@@ -34,9 +36,8 @@ class Log:
         self.start, self.first_step = time.monotonic(), first_step
         if self.path and self.path.exists():
             kept = [m for m in read_metrics(out) if m.get("step", math.inf) <= first_step]
-            temporary = out / "metrics.tmp"
-            temporary.write_text("".join(to_json(record) + "\n" for record in kept))
-            os.replace(temporary, self.path)
+            with outputs.again(self.path) as new:
+                new.write_text("".join(to_json(record) + "\n" for record in kept))
         self.terminal = sys.stdout.isatty()
 
     def write(self, **record):

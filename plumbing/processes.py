@@ -219,17 +219,6 @@ def wrap(model, process, compile_model):
     return wrapped
 
 
-def passes(model, count, *tensors):
-    """Yield the tensors in `count` parts, one for each accumulation pass.
-
-    Gradients stay in their process until the last pass: DDP's all-reduce runs once a step.
-    """
-    for number, parts in enumerate(zip(*(t.chunk(count) for t in tensors)), start=1):
-        local = number < count and dist.is_initialized()
-        with model.no_sync() if local else contextlib.nullcontext():
-            yield parts
-
-
 def of_first(value):
     """The first process's value, a small object, in every process."""
     values = [value]

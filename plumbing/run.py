@@ -4,6 +4,7 @@ It opens --out, resumes, saves, logs, evaluates and stops. It is not a trainer: 
 `for step, batch in run.steps(...)`, contains the forward pass, the loss and the optimiser's step.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -117,10 +118,17 @@ class Run:
         return count
 
     def passes(self, *tensors):
-        """Split the tensors into --accumulate passes: see processes.passes."""
+        """Yield the tensors in --accumulate parts, one for each pass.
+
+        Gradients stay in their process until the last pass: DDP's all-reduce runs once a step.
+        """
         if self.signals is None:  # a script that has nothing to sum
             self.all_sum(torch.zeros((), dtype=torch.int64, device=self.process.device))
-        return processes.passes(self.model, self.args.accumulate, *tensors)
+        count = self.args.accumulate
+        for number, parts in enumerate(zip(*(t.chunk(count) for t in tensors)), start=1):
+            local = number < count and dist.is_initialized()
+            with self.model.no_sync() if local else contextlib.nullcontext():
+                yield parts
 
     def allows(self, step, norm, lr):
         """True unless the gradient's norm, a tensor, is not finite; see FiniteSteps.allow.
@@ -225,17 +233,15 @@ def evaluate_only(args, process, held_out, measure, draw=None):
 
 
 class FiniteSteps:
-    """Skips and counts steps whose gradient is not finite; LIMIT in a row end the run.
+    """Skips and counts steps whose gradient is not finite; entries.SKIPPED in a row end the run.
 
     At the last step fewer are enough: a tenth of the run, and at least two. If only that step is
     left to do, first = last - 1, it must not be skipped.
     """
 
-    LIMIT = entries.SKIPPED  # fp16's loss scale may need a few at the start, and one now and then
-
     def __init__(self, out, first, last):
         self.out, self.skipped, self.in_a_row, self.last = out, 0, 0, last
-        self.late = min(self.LIMIT, last - first, max(2, last // 10))
+        self.late = min(entries.SKIPPED, last - first, max(2, last // 10))
 
     def allow(self, norm, step, lr):
         """norm: of the gradient, the same in all processes. Raises ValueError after many skips."""
@@ -243,7 +249,7 @@ class FiniteSteps:
             self.in_a_row = 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row >= (self.late if step == self.last - 1 else self.LIMIT):
+        if self.in_a_row >= (self.late if step == self.last - 1 else entries.SKIPPED):
             good = ""
             if self.out:
                 good = f"; {self.out}/{checkpoints.CHECKPOINTS[0]} is the last good checkpoint"

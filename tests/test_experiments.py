@@ -123,13 +123,13 @@ def test_what_attention_sees_of_an_image():
     """Of larger arrays a crop, of smaller ones the centred square, resized with its mask."""
     images = np.arange(10 * 12, dtype=np.uint8).reshape(1, 10, 12)
     source = sources.Arrays("large", images, masks=images // 64)
-    pixels, mask = attention.Seen(source, 8, "half")[0]
+    pixels, mask = attention.Seen(source, 8)[0]
     values = (pixels[0] * 255).round().byte()
     assert torch.equal(values // 64, mask) and values[1, 0] - values[0, 0] == 12
     masks = np.zeros((1, 4, 6), np.uint8)
     masks[:, :2, :3], masks[:, :, 5] = 1, 7
     small = sources.Arrays("small", masks * 100, masks=masks)
-    pixels, mask = attention.Seen(small, 8, "half")[0]
+    pixels, mask = attention.Seen(small, 8)[0]
     assert pixels.shape == (3, 8, 8) and pixels[:, 0, 0].allclose(torch.tensor(100 / 255))
     assert torch.equal(mask == 1, F.pad(torch.ones(4, 4) == 1, (0, 4, 0, 4)))
 

@@ -66,11 +66,11 @@ def test_resumed_run_ends_with_the_same_bits(stage, arrays, made, tmp_path, monk
         with pytest.raises(Stop):
             main(flags)
     main([*flags, "--resume"])
-    short_runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    assert not short_runs.different_weights(tmp_path / "whole", tmp_path / "run")
     steps = [m["step"] for m in log.read_metrics(tmp_path / "run") if "loss" in m]
     assert steps == [1, 2, 3, 4]
     main([*flags, "--resume"])
-    short_runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    assert not short_runs.different_weights(tmp_path / "whole", tmp_path / "run")
 
 
 @every_script
@@ -115,7 +115,7 @@ def test_workers_change_nothing(arrays, made, tmp_path):
     """Weights after a run with two loader processes against one without, bit for bit."""
     flags = [*short_runs.script_flags("beit", arrays, made), "--workers", "2"]
     pretrain.main([*flags, "--out", str(tmp_path / "run")])
-    short_runs.assert_same_bits(made / "beit", tmp_path / "run")
+    assert not short_runs.different_weights(made / "beit", tmp_path / "run")
 
 
 # -------------------------------------------------------- other modes
