@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-STD = 0.02  # of the truncated normal that initialises every matrix (section 2.5)
+STD = 0.02  # of the truncated normal of all weights and embeddings (section 2.5)
 SDPA_ON = ("cuda",)  # on CPUs SDPA's backward is slower in bf16 than the plain products
 
 
@@ -85,10 +85,10 @@ def init_weight(weight, cut=2.0):
 
 
 def relative_position_index(grid):
-    """(N+1, N+1) rows of the bias table, for e_[S] and the N = grid**2 patches.
+    """(N+1, N+1) rows of the bias table, [query, key], for e_[S] and the N = grid**2 patches.
 
-    Offset (dy, dx) between two patches has row (dy + grid-1) * (2 grid-1) + dx + grid-1. The last
-    three rows are e_[S] -> patch, patch -> e_[S] and e_[S] -> e_[S].
+    Offset (dy, dx) = query - key has row (dy + grid-1) * (2 grid-1) + dx + grid-1. The last three
+    rows are, as query -> key, e_[S] -> patch, patch -> e_[S] and e_[S] -> e_[S].
     """
     side = 2 * grid - 1
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
@@ -431,12 +431,12 @@ def resize_relative_table(table, grid):
 HEADS = ("mask_token", "lm_head.", "fc_norm.", "head.", "decoder.")  # not every model has these
 
 
-def finetuned_config(init, model, image_size, drop_path):
+def finetuned_config(init, name, image_size, drop_path):
     """BeitConfig for fine-tuning: the checkpoint's, or --model's where `init` is None.
 
     A relative table shared by all blocks in pre-training becomes one table per block.
     """
-    config = model_config(model) if init is None else BeitConfig(**init["config"])
+    config = model_config(name) if init is None else BeitConfig(**init["config"])
     positions = "relative" if config.positions == "shared" else config.positions
     return replace(config, image_size=image_size, drop_path=drop_path, positions=positions)
 

@@ -265,11 +265,11 @@ class DVAE(nn.Module):
         return nll, squared_error
 
     def forward(self, x, tau, beta, e):
-        """Stage 1's loss (section 2.1; eq. 3, and a KL): (loss, its terms, batch statistics).
+        """(loss, terms, batch statistics): eq. 3's first term, and DALL-E's KL to a uniform prior.
 
         x: (B, 3, H, W) in [0, 1]; tau: temperature; beta: weight of the KL; e: Exp(1) noise of
         shape (B, h, w, |V|). Both terms are sums over one image divided by its number of pixel
-        values 3HW. Averaging one of them over something else makes the codebook collapse or blur.
+        values 3HW. With different divisors the codebook collapses, or the KL does nothing.
         Terms: `reconstruction` per pixel value, `kl` in nats per token. Statistics: for `track`.
         """
         logits = self.encode(x)

@@ -127,11 +127,11 @@ def prepare(args):
 def prepare_evaluation(args):
     """(model, held-out set, normalise) to --eval; raises ValueError if --data has other classes."""
     init, normalise = published.load_init(args, KIND)
-    config, classes = BeitConfig(**init["config"]), len(init["model"]["head.weight"])
-    model = BeitForClassification(config, classes, init.get("layer"))
+    config, count = BeitConfig(**init["config"]), len(init["model"]["head.weight"])
+    model = BeitForClassification(config, count, init.get("layer"))
     load_backbone(model, init["model"], ("fc_norm.", "head."))
     args.image_size = model.config.image_size
-    return model, labelled.open_held_out(args, normalise, init["classes"], classes), normalise
+    return model, labelled.open_held_out(args, normalise, init["classes"], count), normalise
 
 
 def main(argv=None):

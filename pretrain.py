@@ -57,7 +57,7 @@ RECIPES = {
     "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share; printed: least, use 0.4"),
     "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block (blockwise, printed), in patches"),
     "target": (*("tokens",) * 5, "tokens|pixels|normalised-pixels", "z, or the patch's own pixels"),
-    "recover": (*("masked",) * 5, "masked|all", "predict tokens at masked positions, or at all"),
+    "recover": (*("masked",) * 5, "masked|all", "predict at masked positions only, or at all"),
     # backbone
     "model": ("tiny", "tiny", "tiny8", "base", "large", "", "size: see MODELS in beit.py"),
     "positions": (*("absolute",) * 3, *("shared",) * 2, "absolute|relative|shared", "E_pos, bias"),
@@ -107,10 +107,10 @@ class BeitForMaskedImageModeling(Beit):
 
 
 def recovery_targets(target, x, pixels, tokenizer, patch):
-    """The target at each position of the uncorrupted image: z of eq. 1, int64 (B, N).
+    """Targets at each position, uncorrupted: z of eq. 1, int64 (B, N), of the tokenizer's `pixels`.
 
-    Table 4, "- visual tokens": the pixels of the patch itself as the model sees them, float
-    (B, N, 3P²); normalised-pixels standardises them by the patch's own mean and deviation.
+    Table 4, "- visual tokens": each patch of x itself, standardised as the model sees it, float
+    (B, N, 3P²); normalised-pixels standardises it again, by the patch's own mean and deviation.
     """
     if target == "tokens":
         return tokenizer.tokens(pixels).flatten(1)

@@ -6,6 +6,7 @@ Algorithm 1 first, then the paper's order. The rest is in tests/: images, runs, 
 files. `python -m pytest` runs everything.
 """
 
+import argparse
 import collections
 import itertools
 import json
@@ -24,7 +25,8 @@ import finetune_cls
 import finetune_seg
 import masking
 import pretrain
-from images import labelled, sources
+import train_tokenizer
+from images import batches, labelled, sources
 from plumbing import command_line, noise, processes
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
@@ -71,11 +73,17 @@ def test_masks_are_blocks():
 
 
 def test_printed_algorithm_stops_past_its_ratio():
-    """The printed algorithm's last line: |M| > 0.4 N; and never all patches."""
-    rng = random.Random(0)
+    """The printed algorithm's last line: |M| > 0.4 N; and never all patches.
+
+    Its r is uniform, so 77 % of the first blocks are higher than wide (less where it rounds).
+    """
+    rng, high = random.Random(0), 0
     for _ in range(200):
         mask = masking.printed_mask(rng, 14, 14)
         assert mask.sum() > 0.4 * 196 and mask.sum() < 196
+        block = masking.printed_mask(rng, 14, 14, ratio=0.05, min_block=16)
+        high += block.any(1).sum() > block.any(0).sum()
+    assert 0.6 < high / 200 < 0.85
 
 
 @pytest.mark.parametrize("kind", ["blockwise", "printed", "random"])
@@ -83,7 +91,7 @@ def test_printed_algorithm_stops_past_its_ratio():
 def test_masks_on_any_grid_are_a_function_of_the_seed(kind, grid, ratio, block):
     """Equal seeds give equal masks and other seeds others; blocks mask at most mask_count().
 
-    Random masking masks exactly as many; Algorithm 1 as printed may overshoot.
+    Random masking masks exactly as many; Algorithm 1 as printed more than the ratio.
     """
     a = [masking.make_mask(kind, random.Random(s), grid, ratio, block) for s in range(20)]
     b = [masking.make_mask(kind, random.Random(s), grid, ratio, block) for s in range(20)]
@@ -91,6 +99,8 @@ def test_masks_on_any_grid_are_a_function_of_the_seed(kind, grid, ratio, block):
     assert np.array_equal(a, b) and not all(np.array_equal(a[0], m) for m in a)
     if kind == "blockwise":
         assert max(m.sum() for m in a) <= masking.mask_count(grid, grid, ratio)
+    if kind == "printed":
+        assert min(m.sum() for m in a) > ratio * grid**2
     if kind == "random":
         assert {m.sum() for m in a} == {masking.mask_count(grid, grid, ratio)}
 
@@ -174,14 +184,19 @@ def test_logit_laplace_density_integrates_to_one(mu, ln_b):
     assert integral.item() == pytest.approx(1, abs=1e-4)
 
 
-def test_image_likelihood_is_the_density_of_unmapped_pixels():
-    """Its integral over x in [0, 1] is the logit-Laplace's mass between 0.1 and 0.9."""
-    model = tiny_dvae()
-    x = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    mu, ln_b = torch.zeros(()), torch.zeros(())
-    each = model.negative_log_likelihood(x.view(-1, 1, 1, 1), mu, ln_b)
-    mass = 1 - math.exp(-math.log(9))  # Laplace(0, 1) between logit(0.1) and logit(0.9) = ±log 9
-    assert torch.exp(-each).mean().item() == pytest.approx(mass, abs=1e-3)
+def test_image_likelihoods_are_those_of_torchs_distributions():
+    """Laplace of the logit of mapped pixels, with the change of variables; normal of the pixels."""
+    x, mu, ln_b = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    mapped = 0.1 + 0.8 * x
+    log_p = torch.distributions.Laplace(mu, ln_b.exp()).log_prob(torch.logit(mapped))
+    log_p += (0.8 / (mapped * (1 - mapped))).log()
+    found = tiny_dvae().negative_log_likelihood(x, mu, ln_b)
+    assert torch.allclose(found, -log_p.sum((1, 2, 3)), rtol=1e-4)
+    model = tiny_dvae(likelihood="mse")
+    model.pixel_variance.fill_(0.04)
+    log_p = torch.distributions.Normal((mu.sigmoid() - 0.1) / 0.8, 0.2).log_prob(x)
+    found = model.negative_log_likelihood(x, mu, ln_b)
+    assert torch.allclose(found, -log_p.sum((1, 2, 3)), rtol=1e-4)
 
 
 def test_gumbel_softmax_samples_q_and_has_gradients():
@@ -230,6 +245,28 @@ def test_tokens_have_no_noise():
     assert torch.equal(model.tokens(x), model.tokens(x))
 
 
+def test_standardised_logits():
+    """Ours: over a batch each code's logits have mean 0 and deviation 3 at the start."""
+    logits = tiny_dvae(normalise_logits=True).encode(torch.rand(8, 3, 8, 8)).flatten(0, 2)
+    assert logits.mean(0).abs().max() < 1e-4
+    assert torch.allclose(logits.std(0, correction=0), torch.full((16,), 3.0), rtol=1e-2)
+
+
+def test_tokenizers_evaluation_by_hand(monkeypatch):
+    """Squared error of the decoded tokens, codes used and perplexity, of batches of 4 and 2."""
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr(batches, "eval_batches", lambda *_: [(part,) for part in images.split(4)])
+    model = tiny_dvae(likelihood="mse")
+    found = train_tokenizer.evaluate(model, None, None, processes.Process())
+    z = model.tokens(images / 255)
+    decoded = ((model.decode_parameters(z)[0].sigmoid() - 0.1) / 0.8).clamp(0, 1)
+    error = (decoded - images / 255).pow(2).mean().item()
+    assert found["reconstruction_mse"] == pytest.approx(error, rel=1e-5)
+    share = z.unique(return_counts=True)[1] / z.numel()
+    assert found["codebook_perplexity"] == pytest.approx((share**-share).prod().item(), rel=1e-5)
+    assert found["codebook_used"] == len(share) > 1
+
+
 def test_decoding_tokens_equals_decoding_one_hot_codes():
     """decode_parameters, a table look-up, against the decoder's convolution of one-hot codes."""
     model = tiny_dvae()
@@ -262,6 +299,14 @@ def test_vq_takes_the_nearest_code_and_passes_the_gradient_straight_through():
     weight = torch.randn_like(codes)
     (codes * weight).sum().backward()
     assert torch.equal(z_e.grad, weight)
+
+
+def test_vq_counts_how_often_codes_are_used():
+    """A moving sum with decay 0.99 over steps, of all passes of a step."""
+    model, counts = tiny_dvae(quantizer="vq", likelihood="mse"), torch.arange(16.0)
+    for step in range(2):
+        model.track(step, [torch.tensor(0.1)] * 2, [counts, counts])
+    assert torch.allclose(model.usage, 1.99 * 2 * counts)
 
 
 def test_vq_revives_dead_codes():
@@ -382,31 +427,44 @@ def test_initialisation():
     """Standard deviations of new weights against the released code's.
 
     Cut at one std for pre-training, so that the real std is 0.0108; uncut for fine-tuning; output
-    projections of block l divided by sqrt(2l).
+    projections of block l divided by sqrt(2l); a classifier's head a thousandth.
     """
-    config = beit.BeitConfig(image_size=32, patch_size=16, dim=256, depth=3, heads=4)
+    shape = dict(image_size=32, patch_size=16, dim=256, depth=3, heads=4, positions="absolute")
+    config = beit.BeitConfig(**shape)
     torch.manual_seed(0)
-    pre, fine = beit.Beit(config, mask_embedding=True), beit.Beit(config)
-    assert pre.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0108, rel=0.02)
-    assert fine.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0200, rel=0.02)
+    pre = pretrain.BeitForMaskedImageModeling(config, 99)
+    fine = finetune_cls.BeitForClassification(config, 9)
+    for layer in (pre.blocks[0].mlp.fc1, pre.patch_embed.proj, pre.lm_head):
+        assert layer.weight.std().item() == pytest.approx(0.0108, rel=0.03) and not layer.bias.any()
+    for embedding in (pre.cls_token, pre.mask_token, pre.pos_embed):
+        assert embedding.std().item() == pytest.approx(0.0108, rel=0.15)
     for projection in (pre.blocks[2].attn.proj, pre.blocks[2].mlp.fc2):
         assert projection.weight.std().item() == pytest.approx(0.0108 / math.sqrt(6), rel=0.02)
-    assert fine.mask_token is None and pre.mask_token is not None
+    assert fine.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.0200, rel=0.02)
+    assert fine.head.weight.std().item() == pytest.approx(0.0200 / 1000, rel=0.1)
+    assert fine.mask_token is None and not fine.head.bias.any()
+    assert (pre.blocks[1].gamma_1 == 0.1).all() and (pre.blocks[1].gamma_2 == 0.1).all()
 
 
 def test_stochastic_depth_keeps_the_mean():
-    """Factors are 0 or 1 / (1 - rate), on average 1; a dropped block passes its input on."""
+    """Factors are 0 or 1 / (1 - rate), on average 1; a dropped branch adds nothing.
+
+    Rates rise over the blocks, here 0, 0.25 and 0.5; each branch of each has a draw of its own.
+    """
     torch.manual_seed(0)
     factor = beit.drop_path(torch.rand(20_000), 0.25)
     assert factor.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert factor.mean().item() == pytest.approx(1, abs=0.02)
-    model = beit.Beit(tiny_config(drop_path=0.5))  # rates 0 and 0.5
-    x, u = torch.randn(2, 3, 8, 8), torch.zeros(2, 2, 2)
-    u[0] = 1  # the first sample keeps all its branches; the second loses those of block 2
-    first = model.blocks[0](model.embed(x), None)
-    kept, lost = model(x, u=u)
-    assert torch.allclose(lost, first[1], atol=1e-6)
-    assert not torch.allclose(kept, first[0], atol=1e-3)
+    model = beit.Beit(tiny_config(depth=3, drop_path=0.5, positions="absolute"))
+    x, u = torch.randn(2, 3, 8, 8), torch.ones(2, 3, 2)
+    u[0, 1, 0] = u[0, 2, 1] = 0  # image 0: no attention in block 2, no MLP in block 3
+    first, second, third = model.blocks
+    h = first(model.embed(x[:1]), None)
+    h = h + second.gamma_2 * second.mlp(second.norm2(h)) / 0.75
+    h = h + third.gamma_1 * third.attn(third.norm1(h), None) / 0.5
+    found = model(x, u=u)
+    assert torch.allclose(found[:1], h, atol=1e-6)
+    assert torch.allclose(found[1:], model(x[1:], u=u[1:]), atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
@@ -532,18 +590,23 @@ def test_pixels_under_the_mask_are_not_seen():
 
 
 def test_bound_terms_are_those_of_eq_3():
-    """stage1_nats, stage2_nats, loss and accuracy of evaluate(), recomputed image by image."""
-    model, tokenizer = tiny_mim(vocab=16), tiny_dvae().eval()
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    """What evaluate() returns, recomputed image by image: x of 16 pixels, tokens of 8."""
+    model, tokenizer = tiny_mim(vocab=16, image_size=16, patch_size=4), tiny_dvae().eval()
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
     args = pretrain_arguments("--mask-ratio", "0.4", "--min-block", "2")
-    source, views = sources.Arrays("five", images), [(8, "bicubic"), (8, "lanczos")]
+    source, views = sources.Arrays("five", images), [(16, "bicubic"), (8, "lanczos")]
     held_out = pretrain.MaskedViews(args, source, views, 4, False)
+    gradients = []
+    model.register_forward_pre_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     result = pretrain.evaluate(model, tokenizer, held_out, args, processes.Process())
+    assert gradients and not any(gradients)
     stage1 = stage2 = right = count = 0.0
+    masked = []
     for index in range(5):
-        batch = held_out[[(-1, index)]]
-        x, pixels, mask = pretrain.two_views(batch, torch.device("cpu"), "half")
+        view, token_view, mask = held_out[[(-1, index)]]
+        x, pixels, mask = view / 127.5 - 1, token_view / 255, mask.flatten(1)
         z = tokenizer.tokens(pixels)
+        masked.append(z.flatten(1)[mask])
         log_p = F.log_softmax(model(x, mask), -1)
         stage2 += log_p.gather(1, z.flatten(1)[mask][:, None]).sum().item()
         stage1 -= tokenizer.negative_log_likelihood(pixels, *tokenizer.decode_parameters(z)).item()
@@ -553,6 +616,10 @@ def test_bound_terms_are_those_of_eq_3():
     assert result["stage2_nats"] == pytest.approx(stage2 / 5, rel=1e-5)
     assert result["mim_loss"] == pytest.approx(-stage2 / count, rel=1e-5)
     assert result["mim_accuracy"] == pytest.approx(right / count)
+    share = torch.cat(masked).bincount() / count
+    assert result["commonest_token"] == pytest.approx(share.max().item())
+    entropy = torch.special.entr(share).sum().item()
+    assert result["token_entropy"] == pytest.approx(entropy, rel=1e-5)
 
 
 def test_pixel_targets_are_the_patches_own_pixels():
@@ -566,6 +633,21 @@ def test_pixel_targets_are_the_patches_own_pixels():
     assert torch.allclose(standard.mean(-1), torch.zeros(2, 16), atol=1e-5)
     assert torch.allclose(standard.var(-1, correction=0), torch.ones(2, 16), atol=1e-3)
     assert torch.allclose(pretrain.recovery_loss(pixels[0], pixels[0] + 2), torch.full((16,), 4.0))
+
+
+def test_pictures_of_predictions_change_masked_patches_alone():
+    """recovered_image: decoded tokens, or pixels that are the image's own if predicted exactly."""
+    tokenizer, pixels, mask = tiny_dvae(), torch.rand(2, 3, 8, 8), torch.zeros(2, 16) == 1
+    mask[:, 5] = True  # row 1, column 1
+    prediction = torch.randn(2, 16, 16)
+    found = pretrain.recovered_image(None, prediction, mask, None, pixels, tokenizer, 2)
+    changed = (found != pixels).any(1)
+    assert changed[:, 2:4, 2:4].all() and changed.sum() == 2 * 4
+    for target in ("pixels", "normalised-pixels"):
+        args, x = argparse.Namespace(target=target, normalise="half"), 2 * pixels - 1
+        exact = pretrain.recovery_targets(target, x, None, None, 2)
+        found = pretrain.recovered_image(args, exact, mask, x, pixels, None, 2)
+        assert torch.allclose(found, pixels, atol=1e-4)
 
 
 def test_recover_all_counts_every_position():
@@ -606,6 +688,16 @@ def test_positions_that_fill_up_a_batch_change_nothing():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_masks_change_with_epoch_and_seed():
+    """The mask of an image is fixed by seed, epoch and image."""
+    source = sources.Arrays("eight", np.zeros((8, 24, 24, 3), np.uint8))
+    views = pretrain.MaskedViews(pretrain_arguments(), source, [(24, "bicubic")], 6, True)
+    first, again, later = (views[[(epoch, 0)]][-1] for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    views.seed += 1
+    assert not torch.equal(first, views[[(0, 0)]][-1])
+
+
 @pytest.mark.parametrize(
     "kind, recover",
     [
@@ -638,6 +730,17 @@ def test_classifier_is_a_linear_map_of_the_mean_patch_output():
     mean = beit.Beit.forward(model, x)[:, 1:].mean(1)
     expected = F.layer_norm(mean, [16], eps=1e-6) @ model.head.weight.T
     assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_top_1_and_top_5_by_hand(monkeypatch):
+    """Labels at ranks 1, 2, 6 and 1 of six logits."""
+    logits = torch.tensor([[9.0, 5, 4, 3, 2, 1]] * 3 + [[1, 2, 3, 4, 5, 9]])
+    batch = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 5, 5])
+    monkeypatch.setattr(batches, "eval_batches", lambda *_: [batch])
+    model = nn.Module()
+    model.forward = lambda x: logits
+    found = finetune_cls.evaluate(model, None, None, "half", processes.Process())
+    assert found == {"top1": 50, "top5": 75}
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -765,6 +868,21 @@ def test_decoder_reaches_full_resolution():
     for patch in (2, 4, 8):
         model = finetune_seg.BeitForSegmentation(tiny_config(image_size=16, patch_size=patch), 5, 8)
         assert model(torch.randn(1, 3, 16, 16)).shape == (1, 5, 16, 16)
+
+
+def test_logits_lie_where_their_patches_lie():
+    """Blocks that add nothing: a brighter patch changes most the logits at its own place."""
+    torch.manual_seed(0)
+    model = finetune_seg.BeitForSegmentation(tiny_config(image_size=16), 5, 8).eval()
+    for block in model.blocks:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(layer.weight)
+    x = torch.randn(1, 3, 16, 16)
+    brighter = x.clone()
+    brighter[..., 2:4, 10:12] += 3
+    change = (model(brighter) - model(x)).abs().sum((0, 1))
+    row, column = divmod(change.argmax().item(), 16)
+    assert 1 <= row <= 4 and 9 <= column <= 12
 
 
 def test_segmentation_does_not_depend_on_the_batch():

@@ -41,7 +41,7 @@ RECIPES = {
     # relaxation: temperature 1 -> 1/16, weight of the KL 0 -> beta
     "tau": (*(1 / 16,) * 5, "[1e-4, 1e4]", "final temperature of Gumbel-softmax; cosine from 1"),
     "tau_steps": (300, 350, 500, 150_000, 150_000, "[0, 1e9]", "steps until the final temperature"),
-    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final KL weight beside the image's loss"),
+    "beta": (1e-2, 1e-2, 1e-2, 6.6, 6.6, "[0, 1e6]", "final weight of the KL, summed over tokens"),
     "beta_steps": (0, 0, 0, 5000, 5000, "[0, 1e9]", "steps until the final KL weight"),
     # optimisation
     "steps": (600, 700, 1000, 3_000_000, 3_000_000, "[1, 1e9]", "optimisation steps"),
@@ -109,21 +109,21 @@ def revive_codes(model, x, step, args, process):
 
 
 def build_model(args):
-    """The dVAE of the recipe, or that of --init, whose sizes then replace the recipe's.
+    """The dVAE of the recipe, or that of --init, whose configuration replaces the recipe's.
 
     Raises ValueError if the image size does not divide into tokens, or the memory is too small.
     """
     names = DVAEConfig.__dataclass_fields__
     if model := args.init and load_tokenizer(checkpoints.start_of(args)):
         model.requires_grad_(True).train()
-        log.note(f"--init {args.init}: its weights, and its sizes in place of the recipe's")
+        log.note(f"--init {args.init}: its weights and its configuration, not the recipe's")
         vars(args).update({name: getattr(model.config, name) for name in names})
     config = DVAEConfig(**{name: getattr(args, name) for name in names})
     memory.check(args, config)
-    model, factor = model or build(config), config.downsampling
+    factor = config.downsampling
     if args.image_size % factor:
         raise ValueError(f"image size {args.image_size} is not a multiple of {factor} (--groups)")
-    return model
+    return model or build(config)
 
 
 def main(argv=None):
@@ -172,7 +172,7 @@ def main(argv=None):
             passes.append({"loss": loss.detach(), **terms})
             statistics.append(of_pass)
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measured, not clipped
         if run.allows(step, norm, lr):
             scaler.step(optimizer)
             model.track(step, *zip(*statistics))

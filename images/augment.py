@@ -31,7 +31,7 @@ def colour_jitter(images, factors):
 # Ranges of mmseg's PhotoMetricDistortion.
 BRIGHTNESS = 32 / 255  # added
 FACTORS = 0.5, 1.5  # of contrast and saturation
-HUE = 18 / 360  # of the hue circle, added
+HUE = 18 / 180  # of the hue circle, added: 18 of 180 steps
 
 
 def rgb_to_hsv(images):

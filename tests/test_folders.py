@@ -7,6 +7,7 @@ import argparse
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -448,8 +449,8 @@ def test_conversion_refuses_what_a_run_would(pillow, tmp_path):
 
 def test_progress_of_a_conversion(capsys, monkeypatch):
     """Elsewhere than on a terminal: a line every five seconds, and the result."""
-    clock = iter([0.0, 1.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(convert.time, "monotonic", lambda: next(clock))
+    clock = types.SimpleNamespace(monotonic=iter([0.0, 1.0, 6.0, 7.0, 8.0]).__next__)
+    monkeypatch.setattr(convert, "time", clock)
     progress = convert.Progress("train", 60)
     for done in (16, 32, 48, 60):
         progress.show(done)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-import finetune_cls
 import pretrain
 from experiments import short_runs
 from plumbing import (
@@ -178,7 +177,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_step_without_a_finite_gradient_is_skipped(arrays, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["beit", "cls", "seg"])
+def test_step_without_a_finite_gradient_is_skipped(stage, arrays, made, tmp_path, monkeypatch):
     """The third step's gradient is made NaN: weights after it against those before.
 
     The log counts it.
@@ -197,8 +197,8 @@ def test_step_without_a_finite_gradient_is_skipped(arrays, made, tmp_path, monke
         save(out, kind, args, step, model, *rest)
 
     monkeypatch.setattr(checkpoints, "save", remember)
-    flags = short_runs.script_flags("cls", arrays, made)
-    finetune_cls.main([*flags, "--save-every", "1", "--out", str(tmp_path / "run")])
+    flags = [*short_runs.script_flags(stage, arrays, made), "--save-every", "1"]
+    short_runs.MODULES[stage].main([*flags, "--out", str(tmp_path / "run")])
     assert all(torch.equal(saved[2][name], saved[3][name]) for name in saved[2])
     assert not all(torch.equal(saved[3][name], saved[4][name]) for name in saved[3])
     records = [m for m in log.read_metrics(tmp_path / "run") if "loss" in m]

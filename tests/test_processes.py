@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import signal
-import socket
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -41,6 +40,7 @@ class Program:
         sys.stderr = open(self.path, "w", buffering=1)
         os.dup2(sys.stderr.fileno(), 2)
         with command_line.one_line_errors(stoppable=True):
+            Path(f"{self.path}.ready").touch()  # from here on signals are caught
             function(*args)
 
     def signal(self, number):
@@ -158,12 +158,10 @@ def test_waiting_for_anothers_download_ends_on_a_signal(tmp_path):
     (tmp_path / "a.part").write_bytes(b"so far")
     with open(tmp_path / "a.part", "rb") as file, downloads.exclusive(file):
         for number in (signal.SIGTERM, signal.SIGINT):
+            Path(tmp_path / "said.ready").unlink(missing_ok=True)
             args = "a.gz", "http://127.0.0.1:9/a.gz", [tmp_path], None
             program = Program(tmp_path / "said", downloads.fetch, *args)
-            stack = Path(f"/proc/{program.process.pid}/wchan")
-            if stack.exists():
-                wait_until(lambda: "lock" in stack.read_text() or stack.read_text() == "0")
-            time.sleep(0.3)
+            wait_until(Path(f"{program.path}.ready").exists)
             program.signal(number)
             status, said = program.end()
             assert status == signals.STOPPED and len(said) == 1
@@ -249,10 +247,9 @@ def fail_alone(error):
 
 def ends_of_three(folder, error):
     """[(exit status, stderr) of each process], the last of which raises `error`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "3"}
+    address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     programs = [
         Program(folder / f"said{rank}", fail_alone, error, RANK=str(rank), **address)
         for rank in range(3)

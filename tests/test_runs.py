@@ -5,13 +5,17 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import beit
+import dvae
 import finetune_cls
 import pretrain
 import train_tokenizer
 from experiments import short_runs
-from plumbing import checkpoints, clock, command_line, log
+from images import labelled, sources
+from plumbing import checkpoints, clock, command_line, log, noise, processes, run
 
 every_script = pytest.mark.parametrize("stage", short_runs.SCRIPTS)
 
@@ -36,6 +40,86 @@ def test_script_writes_its_result_checkpoint_and_pictures(stage, made):
     }
     for name in (*files[stage], "loss.svg", "checkpoint.pt"):
         assert (made / stage / name).stat().st_size > 100
+
+
+# -------------------------------------------------------- a step
+
+
+def loss_by_hand(stage, model, step, batch, args):
+    """The loss of a step from its formula; batch: as the loader gives it."""
+    images, *more = batch
+    x, process = images / 127.5 - 1, processes.Process()
+    if stage == "tokenizer":
+        tau = [1, 17 / 32, 1 / 16, 1 / 16][step]  # a cosine of two steps
+        e = noise.code_noise(model.config, images, 0, step, 0)
+        return model(images / 255, tau, 0.01 * min(step / 2, 1), e)[0]
+    u = noise.depth_noise(model.config, len(x), 0, step, process)
+    if stage == "beit":
+        pixels, mask = more[0] / 255, more[1].flatten(1)
+        z = dvae.load_tokenizer(args.tokenizer).tokens(pixels).flatten(1)
+        return F.cross_entropy(model(x, mask, u=u), z[mask])
+    if stage == "cls":
+        targets, rng = F.one_hot(more[0], 4).float(), noise.sample_rng(0, step, "mix")
+        x, targets = labelled.mix(x, targets, 0.8, 1.0, rng)
+        return F.cross_entropy(model(x, u), targets, label_smoothing=0.1)
+    return F.cross_entropy(model(x, u), more[0].long(), ignore_index=sources.IGNORE)
+
+
+@every_script
+def test_losses_and_learning_rates_are_those_of_their_formulas(
+    stage, arrays, made, tmp_path, monkeypatch
+):
+    """Four steps from random weights each, with noise; a quarter of a mask is not counted."""
+    losses, rates, steps = [], [], run.Run.steps
+
+    def watched(self, *given):
+        model, optimizer, _ = self.saved
+        assert not self.held_out.train
+        for step, batch in steps(self, *given):
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            if stage == "seg":
+                batch[1][:, :4] = sources.IGNORE
+            with torch.no_grad():
+                losses.append(loss_by_hand(stage, model, step, batch, self.args).item())
+            yield step, batch
+            rates.append({round(group["lr"] / 0.01, 6) for group in optimizer.param_groups})
+
+    monkeypatch.setattr(run.Run, "steps", watched)
+    flags = [*short_runs.script_flags(stage, arrays, made), *short_runs.NOISE[stage]]
+    flags += ["--beta-steps", "2"] if stage == "tokenizer" else []
+    short_runs.MODULES[stage].main([*flags, "--lr", "0.01", "--out", str(tmp_path / "run")])
+    assert logged(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
+    low = {"tokenizer": 1e-4, "beit": 1e-5, "cls": 1e-6}.get(stage, 0) / 0.01
+    shares = [1, 1, 0.75, 0.25]  # one step of warm-up, then a cosine
+    if stage == "seg":
+        shares = [1, 1, 2 / 3, 1 / 3]  # a straight line
+    decay = {"cls": 0.75, "seg": 0.5}.get(stage, 1)
+    for found, share in zip(rates, shares):
+        share = low + (1 - low) * share
+        expected = [share * decay**layer for layer in range(6 if decay < 1 else 1)]
+        assert sorted(found, reverse=True) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["beit", "cls", "seg"])
+def test_clip_decay_and_betas_reach_their_optimiser(stage, arrays, made, tmp_path, monkeypatch):
+    """--clip as clip_grad_norm_'s limit, --beta2 and --weight-decay as AdamW's."""
+    limits, made_with, clip, adamw = [], [], nn.utils.clip_grad_norm_, torch.optim.AdamW
+
+    def watched_clip(parameters, limit):
+        limits.append(limit)
+        return clip(parameters, limit)
+
+    def watched_adamw(groups, **settings):
+        made_with.append(({group["weight_decay"] for group in groups}, settings["betas"]))
+        return adamw(groups, **settings)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched_clip)
+    monkeypatch.setattr(torch.optim, "AdamW", watched_adamw)
+    flags = ["--clip", "0.5", "--weight-decay", "0.1", "--beta2", "0.9"]
+    flags += ["--out", str(tmp_path / "run")]
+    short_runs.MODULES[stage].main([*short_runs.script_flags(stage, arrays, made), *flags])
+    assert limits == [0.5] * 4 and made_with == [({0.0, 0.1}, (0.9, 0.9))]
 
 
 # -------------------------------------------------------- resuming and processes
@@ -159,18 +243,16 @@ def test_linear_probe_trains_norm_and_head_only(arrays, tmp_path):
     assert changed and all(name.startswith(("fc_norm.", "head.")) for name in changed)
 
 
-@pytest.mark.parametrize("stage, metric", [("cls", "top1"), ("seg", "miou")])
-def test_evaluate_only_repeats_the_final_result(stage, metric, arrays, made, capsys):
+def test_evaluate_only_repeats_the_final_result(arrays, made, capsys):
     """What --eval prints against the final record of the run that made the checkpoint.
 
     The data are those of the run, and nothing is interpolated, whatever the recipe's size.
     """
-    init = ["--eval", "--init", str(made / stage / "checkpoint.pt"), "--recipe", "photos"]
-    flags = [*init, "--device", "cpu", "--amp", "off"]
-    short_runs.MODULES[stage].main(flags)
-    final = log.read_metrics(made / stage)[-1]
+    init = ["--eval", "--init", str(made / "cls" / "checkpoint.pt"), "--recipe", "photos"]
+    finetune_cls.main([*init, "--device", "cpu", "--amp", "off"])
+    final = log.read_metrics(made / "cls")[-1]
     said = capsys.readouterr().out
-    assert f"{metric} {final[metric]:.5g}" in said
+    assert f"top1 {final['top1']:.5g}" in said
     assert f"images of {arrays}, 16 x 16 pixels" in said and "interpolated" not in said
 
 

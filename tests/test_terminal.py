@@ -147,7 +147,8 @@ def test_updating_line_fits_the_terminal(tmp_path, capsys, monkeypatch):
 
 def test_time_left_has_no_sixtieth_second(tmp_path, capsys, monkeypatch):
     """119.6 seconds are 2m00s, not 1m60s."""
-    monkeypatch.setattr(log.time, "monotonic", iter([0.0, 59.8]).__next__)
+    clock = types.SimpleNamespace(monotonic=iter([0.0, 59.8]).__next__)
+    monkeypatch.setattr(log, "time", clock)
     log.Log(tmp_path, 3).step(1, 8)
     assert "  2m00s left  " in capsys.readouterr().out
 
