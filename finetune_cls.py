@@ -156,7 +156,7 @@ def main(argv=None):
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
-    steps, warmup = schedules.duration(args, per_epoch)
+    steps, warmup = schedules.step_counts(args, per_epoch)
     extra = {"normalise": normalise, "classes": classes, "layer": args.layer}
     run = Run(args, KIND, process, model, optimizer, steps, extra, train_set, held_out)
     run.clock.watch(run.model, optimizer)

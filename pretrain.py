@@ -333,7 +333,7 @@ def main(argv=None):
         return evaluate_only(args, process, held_out, measure, draw)
     train_set = dataset(args, "train", model.config.grid, True)
     per_epoch = batches.steps_per_epoch(len(train_set), args.batch_size)
-    steps, warmup = schedules.duration(args, per_epoch)
+    steps, warmup = schedules.step_counts(args, per_epoch)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     extra = {"normalise": args.normalise, "predicts": predicts}

@@ -8,13 +8,14 @@ import finetune_seg
 from experiments import costs
 from images import batches, masked, sets, sources
 
+PENALTIES = 1e-4, 1e-3, 1e-2, 1e-1
 LARGEST = 32  # pixels along a side for logistic regression; larger images are resized
 
 
-def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
+def logistic_regression(train, val, test):
     """Test accuracy in percent of multinomial logistic regression on raw pixels.
 
-    train, val, test: sources with class labels. The L2 penalty is chosen on `val`.
+    train, val, test: sources with class labels. The L2 penalty of PENALTIES is chosen on `val`.
     """
 
     def pixels(source):
@@ -43,7 +44,7 @@ def logistic_regression(train, val, test, penalties=(1e-4, 1e-3, 1e-2, 1e-1)):
         return 100 * ((x @ weight[1:] + weight[0]).argmax(1) == y).float().mean().item()
 
     known, held_out = pixels(train), pixels(val)
-    fits = [fit(*known, penalty) for penalty in penalties]
+    fits = [fit(*known, penalty) for penalty in PENALTIES]
     best = max(fits, key=lambda weight: accuracy(weight, *held_out))
     return accuracy(best, *pixels(test))
 

@@ -46,7 +46,7 @@ def all_costs():
                 continue  # the same as base's
             args = costs.settings(stage, recipe)
             steps = getattr(args, "steps", None)
-            steps = steps or schedules.duration(args, IMAGES // args.batch_size)[0]
+            steps = steps or schedules.step_counts(args, IMAGES // args.batch_size)[0]
             name = stage if stage == "tokenizer" else f"{stage}, {recipe}"
             found[name] = {"stage": stage, "batch": args.batch_size, "steps": steps}
             found[name] |= costs.cost(stage, recipe)

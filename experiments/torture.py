@@ -228,10 +228,15 @@ def job_of_two(bench, stage, out, interrupt=None):
     return job.wait(timeout=300)
 
 
+def children(process):
+    """The process numbers of what a process has started."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(number) for number in found.split()]
+
+
 def kill_process(job, number):
     """kill -9 one process of a job under torchrun; number 0 has the lock."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[number]), signal.SIGKILL)
+    os.kill(children(job)[number], signal.SIGKILL)
 
 
 def restart(bench):
@@ -269,9 +274,8 @@ def node(bench, number, port, out, *flags, launch=()):
 
 def kill_node(launcher):
     """kill -9 a launcher and its processes at once, as if the machine had lost its power."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    for process in (launcher.pid, *map(int, children)):
-        os.kill(process, signal.SIGKILL)
+    for number in (launcher.pid, *children(launcher)):
+        os.kill(number, signal.SIGKILL)
     launcher.wait()
 
 

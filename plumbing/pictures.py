@@ -30,18 +30,20 @@ def write_png(path, pixels, place=outputs.again):
         temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
 
 
-def picture(path, rows, side=96, gap=2, place=outputs.again):
+SIDE, GAP = 96, 2  # pixels: the width of an image, and white around it
+
+
+def picture(path, rows, place=outputs.again):
     """Write a PNG of rows of images, each a float tensor (B, 3, H, W) in [0, 1].
 
-    side: each image is enlarged by a whole factor to about this width. gap: white pixels around it.
-    place: see write_png.
+    Each image is enlarged by a whole factor to a width of about SIDE. place: see write_png.
     """
-    scale = max(1, round(side / rows[0].shape[-1]))
+    scale = max(1, round(SIDE / rows[0].shape[-1]))
     lines = []
     for row in rows:
         row = (row.float().clamp(0, 1) * 255).round().byte().cpu().numpy().transpose(0, 2, 3, 1)
         row = row.repeat(scale, axis=1).repeat(scale, axis=2)
-        row = np.pad(row, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+        row = np.pad(row, ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
         lines.append(np.concatenate(list(row), axis=1))
     write_png(path, np.concatenate(lines, axis=0), place)
 

@@ -41,7 +41,7 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def duration(args, steps_per_epoch):
+def step_counts(args, steps_per_epoch):
     """(steps, warm-up steps) of --epochs and --warmup-epochs.
 
     Raises ValueError if warm-up leaves no step after it.
