@@ -1,6 +1,7 @@
 """Processes and signals: a loader process that dies, Ctrl-C, torchrun's others, a broken clock."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import platform
@@ -64,6 +65,9 @@ def wait_until(condition):
 # -------------------------------------------------------- loader processes
 
 
+ITERATOR = dataloader._MultiProcessingDataLoaderIter
+
+
 class Deadly(views.Samples):
     """Samples whose second batch kills its loader process."""
 
@@ -76,8 +80,7 @@ class Deadly(views.Samples):
 
 def test_killed_loader_process_is_an_error_of_the_loop_alone(monkeypatch):
     """Nothing is raised while the loop does something else; then one line names --workers."""
-    torch_looks = dataloader._MultiProcessingDataLoaderIter._try_get_data
-    monkeypatch.setattr(torch_looks, "__defaults__", (0.2,))  # instead of every 5 seconds
+    monkeypatch.setattr(ITERATOR._try_get_data, "__defaults__", (0.2,))  # instead of every 5 seconds
     seen = []
     with pytest.raises(ValueError, match="a loader process was killed, .*: use fewer --workers"):
         for batch in batches.loader(Deadly([], True, 0), [[0], [1], [2]], 1):
@@ -88,16 +91,22 @@ def test_killed_loader_process_is_an_error_of_the_loop_alone(monkeypatch):
 
 
 def test_errors_of_a_dataset_in_a_loader_process_stay_what_they_are():
-    """A defect, KeyError and FileNotFoundError are not taken for a killed process."""
+    """A defect, KeyError and FileNotFoundError are not taken for a killed process.
+
+    torch's iterator ends with the error, not when the garbage collector finds it.
+    """
+    gc.collect()
 
     class Broken(views.Samples):
         def __getitem__(self, keys):
             raise keys[0]
 
     for error in (RuntimeError("exited unexpectedly"), FileNotFoundError("gone"), KeyError("k")):
-        for count in (0, 1):
-            with pytest.raises(type(error)):
+        for count in (0, 1, 2):
+            with pytest.raises(type(error)) as caught:
                 list(batches.loader(Broken([], True, 0), [[error]], count))
+            iterators = [each for each in gc.get_objects() if type(each) is ITERATOR]
+            assert count == 0 or caught.value and not iterators
     wait_until(lambda: not multiprocessing.active_children())  # else the program would wait
 
 
