@@ -912,6 +912,19 @@ def test_sliding_window():
     assert torch.allclose(logits[..., 5:8, :5], mean, atol=1e-5)
 
 
+def test_segmenters_evaluation_takes_the_largest_logit(monkeypatch):
+    """A model whose logits are one-hot in the image's grey level, on masks of these levels."""
+    masks = torch.randint(3, (2, 8, 8), dtype=torch.uint8)
+    batch = masks[:, None].expand(2, 3, 8, 8), masks
+    monkeypatch.setattr(batches, "eval_batches", lambda *_: [batch])
+    model = nn.Module()
+    model.config, model.classes = tiny_config(), 3
+    model.forward = lambda x: F.one_hot((127.5 * (x[:, 0] + 1)).round().long(), 3).movedim(3, 1)
+    held_out = argparse.Namespace(source=argparse.Namespace(mask_classes=["a", "b", "c"]))
+    found = finetune_seg.evaluate(model, held_out, None, "half", processes.Process())
+    assert found["miou"] == found["pixel_accuracy"] == 100
+
+
 def test_mean_iou_by_hand():
     """Truth 0 0 1 1 2 ignored, guess 0 1 1 1 0 2: IoU 1/3, 2/3, 0; three of five pixels right."""
     truth, guess = torch.tensor([0, 0, 1, 1, 2, sources.IGNORE]), torch.tensor([0, 1, 1, 1, 0, 2])
