@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-STD = 0.02  # of the truncated normal of all weights and embeddings (section 2.5)
+STD = 0.02  # of the truncated normal of matrices, e_[S], e_[M] and E_pos (section 2.5)
 SDPA_ON = ("cuda",)  # on CPUs SDPA's backward is slower in bf16 than the plain products
 
 

@@ -265,12 +265,12 @@ class DVAE(nn.Module):
         return nll, squared_error
 
     def forward(self, x, tau, beta, e):
-        """(loss, terms, batch statistics): eq. 3's first term, and DALL-E's KL to a uniform prior.
+        """Stage 1: minus eq. 3's first term (mse: squared error), plus beta times DALL-E's KL.
 
-        x: (B, 3, H, W) in [0, 1]; tau: temperature; beta: weight of the KL; e: Exp(1) noise of
-        shape (B, h, w, |V|). Both terms are sums over one image divided by its number of pixel
-        values 3HW. With different divisors the codebook collapses, or the KL does nothing.
-        Terms: `reconstruction` per pixel value, `kl` in nats per token. Statistics: for `track`.
+        x: (B, 3, H, W) in [0, 1]; tau: temperature; e: Exp(1) noise (B, h, w, |V|). Both terms are
+        sums over one image divided by its number of pixel values, 3HW; with different divisors the
+        codebook collapses, or the KL does nothing. Returns the loss, its terms (`reconstruction`
+        per pixel value, `kl` in nats per token) and the batch's statistics for `track`.
         """
         logits = self.encode(x)
         reconstruction, squared_error = self.reconstruction(x, gumbel_softmax(logits, tau, e))

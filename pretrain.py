@@ -107,10 +107,10 @@ class BeitForMaskedImageModeling(Beit):
 
 
 def recovery_targets(target, x, pixels, tokenizer, patch):
-    """Targets at each position, uncorrupted: z of eq. 1, int64 (B, N), of the tokenizer's `pixels`.
+    """The target at each position of the uncorrupted image: z of eq. 1, int64 (B, N).
 
-    Table 4, "- visual tokens": each patch of x itself, standardised as the model sees it, float
-    (B, N, 3P²); normalised-pixels standardises it again, by the patch's own mean and deviation.
+    `pixels` is the tokenizer's view. Table 4, "- visual tokens": the patches of x, as the model
+    sees them, float (B, N, 3P²); normalised-pixels: each by its own mean and deviation.
     """
     if target == "tokens":
         return tokenizer.tokens(pixels).flatten(1)

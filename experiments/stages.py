@@ -349,7 +349,7 @@ class Runner:
                 source = sets.open_source(name, split, self.data_dir)
                 source.read([0])  # image files need Pillow: fail now, not in hours
                 if name == scenes:
-                    masked.checked(source)
+                    masked.checked(source)  # raises ValueError if masks are missing or unusable
                 for what, value in sources.fingerprint(source).items():
                     found[f"{what} of {name} {split}"] = value
         return found

@@ -132,8 +132,8 @@ class Loader(DataLoader):
             if not self.num_workers:
                 raise
             signals.kill_children()
-            # The error's frames hold torch's iterator. If only the garbage collector freed it, its
-            # pipes could be closed first, and then once more.
+            # The error's frames hold torch's iterator. The garbage collector might close its pipes
+            # first, and the iterator would then close them a second time: free it now.
             traceback.clear_frames(error.__traceback__)
             made = None
             if not lost_a_process(error):

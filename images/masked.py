@@ -31,9 +31,7 @@ class MaskedImages(views.Samples):
         self.args, self.classes = args, classes
         self.padding = augment.mean_colour(normalise)
         self.one_size = isinstance(source, sources.Arrays)
-        if not self.one_size:
-            source.check()
-        else:
+        if self.one_size:
             values = set()
             for index in batches.spread(len(source), sources.SAMPLED):
                 self.check_mask(source.masks[index], self.mask_name(index))
@@ -43,6 +41,8 @@ class MaskedImages(views.Samples):
                     f"{source.name}: the masks hold only 0 and 255, and 255 means ignored: write "
                     "1 in place of 255"
                 )
+        else:
+            source.check()
 
     def mask_name(self, index):
         """What a message calls the mask at `index`."""
@@ -119,7 +119,7 @@ class MaskedImages(views.Samples):
 
 
 def checked(source):
-    """A MaskedImages for read_pair, which checks masks; raises ValueError if some are unusable."""
+    """The source as MaskedImages, for read_pair alone; raises ValueError as MaskedImages does."""
     args = argparse.Namespace(seed=0)
     return MaskedImages(args, source, len(source.mask_classes), "half", train=False)
 

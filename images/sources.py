@@ -1,7 +1,7 @@
 """The two kinds of data set, Arrays and Files, and subsets of them.
 
 Both have a name, a length, `labels` and `masks` (None if the set has none), the names `classes` and
-`mask_classes`, and read(indices), read_labels(indices) and read_masks(indices).
+`mask_classes`, and read(indices) and read_masks(indices).
 """
 
 import copy

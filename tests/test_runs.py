@@ -69,7 +69,10 @@ def loss_by_hand(stage, model, step, batch, args):
 def test_losses_and_learning_rates_are_those_of_their_formulas(
     stage, arrays, made, tmp_path, monkeypatch
 ):
-    """Four steps from random weights each, with noise; a quarter of a mask is not counted."""
+    """Each of four steps starts from new random weights, with all noise on.
+
+    In segmentation a quarter of each mask is ignored.
+    """
     losses, rates, steps = [], [], run.Run.steps
 
     def watched(self, *given):
@@ -95,7 +98,7 @@ def test_losses_and_learning_rates_are_those_of_their_formulas(
     if stage == "seg":
         shares = [1, 1, 2 / 3, 1 / 3]  # a straight line
     decay = {"cls": 0.75, "seg": 0.5}.get(stage, 1)
-    for found, share in zip(rates, shares):
+    for found, share in zip(rates, shares, strict=True):
         share = low + (1 - low) * share
         expected = [share * decay**layer for layer in range(6 if decay < 1 else 1)]
         assert sorted(found, reverse=True) == pytest.approx(expected, rel=1e-3)
