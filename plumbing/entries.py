@@ -17,8 +17,8 @@ KINDS = "tokenizer", "pretraining", "classification", "segmentation"
 LARGEST = 2**24  # no size of a model is larger, and no product of them overflows
 LAYERS, MOST_LAYERS = ("depth", "groups", "blocks_per_group"), 1000
 LONGEST = 2**53  # no run has more steps
-# Steps in a row without a finite gradient that end a run, see run.FiniteSteps: fp16's loss scale may
-# need a few at the start, and one now and then.
+# Steps in a row without a finite gradient that end a run, see run.FiniteSteps. fp16's loss scale
+# may need a few at the start, and one now and then.
 SKIPPED = 10
 
 
