@@ -295,6 +295,7 @@ FLAGS |= {"image_size": 16, "flip": True, "photometric": False}
 
 def masked_images(images, normalise="half", train=True, **flags):
     """MaskedImages of uint8 images (B, H, W, 3), masked by their red channel's four classes."""
+    assert flags.keys() <= FLAGS.keys()
     source = sources.Arrays("arrays", images, masks=images[..., 0] % 4)
     args = argparse.Namespace(**(FLAGS | flags))
     return masked.MaskedImages(args, source, 4, normalise, train)

@@ -50,6 +50,7 @@ def make_run(out, steps=6, process=processes.Process(), config=Config(), **setti
     args = {"batch_size": 8, "accumulate": 1, "out": str(out), "resume": False, "compile": False}
     args |= {"benchmark": None, "log_every": 1, "save_every": 2, "eval_images": 20}
     args |= {"image_size": 12, "data": "photos", "init": None}
+    assert settings.keys() <= args.keys()
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     model.config = config
