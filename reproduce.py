@@ -3,7 +3,7 @@
     python reproduce.py                       # summary on synthetic shapes: minutes on two cores
     python reproduce.py --recipe fashion      # summary on real images: 26 minutes on two CPU cores
     python reproduce.py --recipe fashion --table 1 3 4 --grid14 --figure 2       # hours
-    python reproduce.py --recipe photos --budgets       # part of table 4, four times: 12 hours
+    python reproduce.py --recipe photos --budgets       # part of table 4, five times: 21 hours
     python reproduce.py --recipe photos --masks --tokenizers    # other masks, widths, tokenizers
     python reproduce.py ... --resume          # continue a stopped run: the same flags and --resume
     python reproduce.py --documents           # fill the documents' tables from docs/results
@@ -40,7 +40,7 @@ def parse(argv):
         "--table", type=int, nargs="+", default=[], choices=(1, 3, 4), help="run the paper's tables"
     )
     add("--figure", type=int, nargs="+", default=[], choices=(2,), help="run the paper's figure")
-    budgets = "table 4's rows about masking and pixels, at four budgets"
+    budgets = "table 4's rows about masking and pixels, at several budgets"
     add("--budgets", action="store_true", help=budgets)
     add("--masks", action="store_true", help="compare other mask ratios, blocks and model widths")
     add("--tokenizers", action="store_true", help="compare BEiT's tokenizer with others")

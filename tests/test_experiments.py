@@ -348,7 +348,7 @@ def test_report_and_models_exist_for_every_recipe():
 
 
 def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
-    """Every row and measure at every budget, several seeds at the largest; no masks, no mIoU."""
+    """Every row and measure at every budget, several seeds at the recipe's; no masks, no mIoU."""
     saved = []
     monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
     monkeypatch.setattr(paper, "save_results", lambda runner, made: saved.append(made["budgets"]))
@@ -356,18 +356,18 @@ def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
     runner, total = planned(tmp_path, "photos", 2, [paper.budgets])
     table = paper.budgets(runner)
     assert runner.progress.counts() == (total, total)
-    assert len(list(tmp_path.glob("beit-0-*.json"))) == 1  # the largest has the summary's run
+    assert len(list(tmp_path.glob("beit-0-*.json"))) == 1  # the recipe's is the summary's run
     assert not list(tmp_path.glob("x1-cls100-beit-0-*")) and list(tmp_path.glob("x1-cls100-*-1-1*"))
     rows = {row[0]: row[1:] for row in table["rows"]}
     assert list(rows) == [f"{row}, {m}" for m in ("top-1", "k-NN") for row in paper.BUDGET_ROWS]
     seeds = [len(cell["values"]) for cell in rows["BEiT, top-1"]]
-    assert seeds == [1, 1, 1, runner.settings["budget_seeds"]]
+    assert seeds == [1, 1, 1, runner.settings["budget_seeds"], 1]
     results = tables.save_results(runner, {"budgets": table})
     assert all(stage["machine"] and stage["torch"] for stage in results["stages"].values())
     claims = results["tables"]["claims by budget"]
     assert claims["columns"][1:] == table["columns"][1:] and len(claims["rows"]) == 4 * 2
     assert "claims" not in results["tables"]
-    assert [len(found["rows"][0]) for found in saved] == [2, 3, 4, 5]  # after each budget
+    assert [len(found["rows"][0]) for found in saved] == [2, 3, 4, 5, 6]  # after each budget
     curves = {path.name for path in tmp_path.glob("*.svg") if "<polyline" in path.read_text()}
     assert curves == {"budgets-top-1.svg", "budgets-k-nn.svg"}
 

@@ -176,7 +176,10 @@ def test_compiled_model_is_the_eager_one(device):
 
 @pytest.mark.parametrize("device", [CUDA])
 def test_recompute_keeps_the_gradients_and_less_memory(device):
-    """--recompute, in bf16: test_beit.py shows the same on a CPU."""
+    """--recompute, in bf16: less than half the activations. test_beit.py: the same on a CPU.
+
+    Beside them autocast keeps its bf16 copies of the weights, either way.
+    """
     model, inputs, z = mim_step(device, "shared")
     autocast, found, kept = torch.autocast(device, dtype=torch.bfloat16), [], []
 
@@ -189,7 +192,8 @@ def test_recompute_keeps_the_gradients_and_less_memory(device):
     for model.recompute in (False, True):
         found.append(numbers(model, inputs, z, autocast, watched))
     assert max(errors(*found).values()) < 1e-2
-    assert kept[1] < kept[0] / 2
+    copies = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert kept[1] - copies < (kept[0] - copies) / 2
 
 
 def hash_32(x):
