@@ -348,7 +348,7 @@ def test_report_and_models_exist_for_every_recipe():
 
 
 def test_budgets_plan_what_they_run(no_processes, tmp_path, monkeypatch):
-    """Every row and measure at every budget, several seeds at the recipe's; no masks, no mIoU."""
+    """Every row and measure at every budget, several seeds at one; no masks, no mIoU."""
     saved = []
     monkeypatch.setattr(paper, "knn", lambda runner, record: 50.0)
     monkeypatch.setattr(paper, "save_results", lambda runner, made: saved.append(made["budgets"]))
