@@ -107,7 +107,9 @@ def unpack(found, target):
     with tarfile.open(downloads.fetch(f"{PUBLISHED}.tgz", URL, found, check)) as archive:
         for member in archive:
             if member.isfile() and MEMBERS.fullmatch(member.name):
-                archive.extract(member, target, filter="data")
+                path = target / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
     return target / PUBLISHED
 
 
