@@ -263,7 +263,7 @@ class Beit(nn.Module):
         self.mask_token = self.pos_embed = self.rel_pos_bias = None
         if mask_embedding:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))  # e_[M]
-        if config.positions == "absolute":  # E_pos, e_[S] first
+        if config.positions == "absolute":  # E_pos (the paper prints N x D) has a row for e_[S]
             self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.dim))
         else:
             index = relative_position_index(config.grid)
@@ -310,6 +310,7 @@ class Beit(nn.Module):
 
         A bias table that all blocks share is looked up once.
         """
+        bias = None
         if self.rel_pos_bias is not None:
             table = self.rel_pos_bias.relative_position_bias_table
             bias = relative_bias(table, self.relative_position_index)
@@ -317,8 +318,6 @@ class Beit(nn.Module):
             if self.config.positions == "relative":
                 table = block.attn.relative_position_bias_table
                 bias = relative_bias(table, self.relative_position_index)
-            elif self.config.positions == "absolute":
-                bias = None
             yield block, bias, None if u is None else u[:, l]
 
     def run(self, block, *inputs):

@@ -4,7 +4,7 @@
 
 The networks are DALL-E's (Ramesh et al. 2021, appendix A): convolutional residual networks that
 downsample by 2 between groups, so 2, 3 or 4 groups give an h x w grid 2, 4 or 8 times coarser than
-the image. Three ways through the discrete bottleneck, each of which can be read alone:
+the image. Three ways through the discrete bottleneck (read DVAE first: the others build on it):
 
     DVAE               Gumbel-softmax relaxation with temperature tau, KL to the uniform prior
     VQVAE              VQ-VAE (van den Oord et al. 2017): nearest code, straight-through gradient

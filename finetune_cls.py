@@ -60,7 +60,7 @@ SIZE_OF_INIT = command_line.COLUMNS  # recipes that take the image size of --ini
 
 
 class BeitForClassification(Beit):
-    """Mean of the patch outputs, norm, linear. The head starts near zero (x 0.001).
+    """Mean of the patch outputs, LayerNorm (as released), linear; the last starts near 0 (x 0.001).
 
     layer: of the linear probe, which takes H^l in place of H^L; None: L.
     """
@@ -77,7 +77,7 @@ class BeitForClassification(Beit):
     def forward(self, x, u=None):
         """Logits, before section 2.6's softmax: (B, 3, H, W) -> (B, C). u: see Beit.forward."""
         H = super().forward(x, u=u) if self.layer is None else self.features(x, self.layer)
-        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # avg({h_i^L}) W_c, after a LayerNorm
+        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # avg({h_i^L}) W_c
 
 
 @torch.no_grad()

@@ -67,8 +67,8 @@ def upsample(n_in, n_out):
 class BeitForSegmentation(Beit):
     """Patch outputs h_i^L as a grid, log2(P) deconvolutions to full size, a linear classifier.
 
-    Progressive upsampling as in SETR-PUP. Raises ValueError if P is not a power of 2, or
-    decoder_dim not a multiple of 8.
+    Progressive upsampling as in SETR-PUP, after a LayerNorm as in pre-training. Raises ValueError
+    if P is not a power of 2, or decoder_dim not a multiple of 8.
     """
 
     def __init__(self, config, classes, decoder_dim):

@@ -30,7 +30,7 @@ def blockwise_mask(rng, h, w, count, min_block=16):
     Differences from the printed algorithm: the aspect ratio r is log-uniform, so that tall and
     wide blocks are equally likely. Sides are rounded. A block counts only if it is smaller than the
     grid in both directions and adds at least one and at most the remaining number of patches. After
-    ten failed draws in a row the mask stays short of `count`.
+    ten failed draws in a row the mask stays short of `count`, or empty if blocks do not fit.
     """
     mask = np.zeros((h, w), dtype=bool)
     log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
@@ -49,17 +49,6 @@ def blockwise_mask(rng, h, w, count, min_block=16):
             block[...] = True
             masked, tries = masked + new, 0
     return mask
-
-
-def fits(grid, count, min_block):
-    """Can blockwise_mask draw a first block? If not, every mask is empty."""
-    for a in range(1, grid):  # the narrowest of the smallest blocks of each height
-        low = max((a - 0.5) ** 2 / min_block, ASPECT[0])  # a is round(sqrt(min_block * r)) for r
-        r = min((a + 0.5) ** 2 / min_block, ASPECT[1])  # between low and this r
-        b = math.floor(math.sqrt(min_block / r) + 0.5)
-        if low < r and b < grid and a * b <= count:
-            return True
-    return False
 
 
 def printed_mask(rng, h, w, ratio=0.4, min_block=16):
@@ -113,7 +102,7 @@ def make_mask(kind, rng, grid, ratio, min_block):
         return random_mask(rng, grid, grid, count)
     if kind == "none":
         return np.zeros((grid, grid), dtype=bool)
-    if not 1 <= min_block <= count or kind == "blockwise" and not fits(grid, count, min_block):
+    if not 1 <= min_block <= count:
         raise ValueError(f"min block {min_block} fits nowhere: {count} of {grid}x{grid} to mask")
     if kind == "blockwise":
         return blockwise_mask(rng, grid, grid, count, min_block)

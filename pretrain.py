@@ -151,7 +151,10 @@ class MaskedViews(views.Crops):
         crop = (args.min_crop, args.flip, args.jitter) if train else ()
         super().__init__(source, sizes, train, args.seed, *crop)
         self.masking, self.mask_shape = args.masking, (grid, args.mask_ratio, args.min_block)
-        self.mask(0)  # raises for bad settings before training
+        drawn = [self.mask(key).any() for key in range(20)]  # raises for bad settings
+        if args.masking == "blockwise" and sum(drawn) < 10:
+            place = f"hardly ever fits {grid}x{grid} patches: choose a smaller one"
+            raise ValueError(f"min block {args.min_block} {place}")
         # The largest number of positions to predict in an image.
         most = masking.most_masked(args.masking, *self.mask_shape)
         self.most_positions = grid**2 if args.recover == "all" else most
@@ -227,7 +230,7 @@ def recovered_image(args, prediction, mask, x, pixels, tokenizer, patch):
         guess = tokenizer.decode(z)
     else:
         if args.target == "normalised-pixels":  # use the true patch's mean and deviation
-            truth = recovery_targets("pixels", x, pixels, tokenizer, patch)
+            truth = patches.to_patches(x, patch)
             deviation = truth.std(-1, correction=0, keepdim=True)
             prediction = prediction * deviation + truth.mean(-1, keepdim=True)
         guess = batches.unstandardise(patches.to_image(prediction, patch), args.normalise)

@@ -148,8 +148,7 @@ def main(argv=None):
         evaluated = average.module
     extra = {"average": evaluated} if args.ema else {}
     run = Run(args, KIND, process, model, optimizer, args.steps, extra, train_set, held_out)
-    if args.ema and run.resumed:
-        evaluated.load_state_dict(run.resumed["average"])
+    if args.ema:
         average.n_averaged.fill_(len(optimizer.state))  # 0 before the first update
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device

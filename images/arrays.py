@@ -32,6 +32,8 @@ def whole(what):
         with warnings.catch_warnings(action="ignore"):  # such as numpy's on headers of Python 2
             yield
     except Exception as error:  # of zipfile, zlib, the header's parser, numpy: of many types
+        if memory.exhausted(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{what} is not a whole array file: {reason}") from error
 
@@ -160,5 +162,5 @@ def names_in(member, array):
     with whole(member):  # numpy takes any four bytes for a character
         values = array.tolist()
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in values]
-        "".join(names).encode()
+        "".join(names).encode(errors="surrogateescape")  # a folder's name need not be UTF-8
     return names

@@ -1,6 +1,7 @@
 """Fetch a published file once: check it, keep it, and resume a download that broke off."""
 
 import contextlib
+import http.client
 import os
 import sys
 import urllib.error
@@ -14,10 +15,13 @@ def data_folders(data_dir, *system):
     """Folders to look for a data set's files in: --data-dir only, if given.
 
     Otherwise the `system` folders, then a cache in the home folder, where downloads go. Raises
-    ValueError if --data-dir does not exist.
+    ValueError if --data-dir, or without it the home folder, does not exist.
     """
     if data_dir is None:
-        return [*map(Path, system), Path.home() / ".cache" / "beit"]
+        try:
+            return [*map(Path, system), Path.home() / ".cache" / "beit"]
+        except RuntimeError as error:
+            raise ValueError("there is no home folder to download to: give --data-dir") from error
     if not Path(data_dir).is_dir():
         raise ValueError(f"--data-dir {data_dir}: no such folder")
     return [Path(data_dir)]
@@ -44,15 +48,13 @@ def fetch(name, url, folders, check):
                 with signals.at_once("during a download, which the next run resumes"):
                     download(url, file)
                 check(partial)
-            except OSError as error:
-                if file.tell() == 0:
-                    partial.unlink(missing_ok=True)
+            except (OSError, http.client.HTTPException) as error:
                 raise ValueError(
                     f"cannot download {url} ({error}): download it yourself and name its folder "
                     "with --data-dir"
                 ) from error
             except ValueError as error:
-                partial.unlink(missing_ok=True)
+                file.truncate(0)  # not unlinked: others may have it open and wait for the lock
                 raise ValueError(
                     f"{url} gave another file than the published one (its checksum differs): start "
                     "again, or name a folder that has it with --data-dir"
@@ -71,14 +73,18 @@ def check_digest(path, digest, published):
 
 @contextlib.contextmanager
 def exclusive(file):
-    """Hold the lock of an open file, waiting for it if necessary; no lock on Windows."""
+    """Hold the lock of an open file, waiting for it if necessary.
+
+    There is no lock on Windows, nor on a file system without locks.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
     with signals.at_once("while it waited for another process that fetches the same data"):
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
     yield  # closing the file releases the lock
 
 

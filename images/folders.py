@@ -77,14 +77,19 @@ def open_split(root, split, names, make):
     names: {split: the names that its folder may have}. make(pool): the Files of all images below
     the folder `pool`, which is that of the split, of the training set, or, where no split has a
     folder, `root`. Raises NoSplit if there is no such split, and ValueError for a folder beside the
-    splits' whose name other programs give to a missing one: it would be left out without a word.
+    splits' whose name other programs give to one of them: it would be left out without a word.
     """
-    folders = [(part, root / name) for part in names for name in reversed(names[part])]
-    given = {part: folder for part, folder in folders if folder.is_dir()}
-    check_split_names(root, {folder.name for _, folder in folders})
+    given = {}
+    for part, name in ((part, name) for part in names for name in names[part]):
+        if (root / name).is_dir():
+            if part in given:
+                raise ValueError(f"{root / name}: keep this folder or {given[part].name}, not both")
+            given[part] = root / name
+    check_split_names(root, {name for part in names for name in names[part]})
     for other, part in OTHER_NAMES.items():
-        if given and part not in given and (root / other).is_dir():
-            raise ValueError(f"{root / other}: rename it to {part}, the name of a split")
+        if given and other not in names[part] and (root / other).is_dir():
+            text = f"rename it to {part}, the name of a split, or move it"
+            raise ValueError(f"{root / other}: {text}")
     if split in given and (split != "train" or "val" in given):
         return make(given[split])
     if split == "test":

@@ -182,6 +182,14 @@ def resize_part(images, box, size, kernel):
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
 
+def has_frames(image):
+    """Does a file opened by Pillow hold several frames? Not an MPO, whose others are previews."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # of many types, where the second frame is damaged
+        return False
+
+
 @functools.cache  # training and held-out set ask for the same files
 def survey(paths):
     """(bits that 16-bit images use, what is special about these files in a sentence or "").
@@ -196,8 +204,7 @@ def survey(paths):
             image = photo.image
             counts["turned"] += photo.orientation != 1
             counts["large"] += photo.is_jpeg and math.prod(photo.size) >= LARGE
-            several = image.format != "MPO" and getattr(image, "is_animated", False)
-            counts["several"] += several
+            counts["several"] += has_frames(image)
             counts["clear"] += "A" in image.mode or "transparency" in image.info
             if image.mode.startswith("I"):
                 largest = max(largest, int(np.max(photo.load())))

@@ -47,5 +47,5 @@ def open_source(data, split, data_dir=None):
     if path.is_dir():
         return folders.folder_source(path, split)
     if path.exists():
-        raise ValueError(f"--data {data}: a file, but neither a .npz file nor a folder")
-    raise ValueError(f"--data {data}: no such file or folder, and not one of {', '.join(loaders)}")
+        raise ValueError(f"{data}: a file, but neither a .npz file nor a folder")
+    raise ValueError(f"{data}: no such file or folder, and not one of {', '.join(loaders)}")

@@ -215,7 +215,7 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
             f"cannot write the checkpoint of step {step} to {out} ({cause.strerror}): make room; "
             "the checkpoint before it is unchanged"
         ) from error
-    if newest.exists() and newest not in DAMAGED:
+    if step and newest.exists() and newest not in DAMAGED:  # at 0 it is a false start's
         keep_as_previous(out)
     os.replace(temporary, newest)
     DAMAGED.discard(newest)
@@ -239,11 +239,11 @@ def keep_as_previous(out):
 def resume(out, kind, args, model, optimizer, scaler, extra, steps):
     """Load OUT's newest whole checkpoint into model, optimizer and scaler; return the checkpoint.
 
-    extra: further entries, see check_unchanged. steps: the run's last step. If checkpoint.pt is
-    damaged, says so on stderr and takes previous.pt. Raises ValueError if neither is whole, if an
-    entry is not what these scripts write or does not fit the model, or naming a setting that
-    differs from the interrupted run's, except those in FREE_TO_CHANGE and moved files, or data that
-    changed.
+    extra: further entries, see check_unchanged; modules among them are loaded, too. steps: the
+    run's last step. If checkpoint.pt is damaged, says so on stderr and takes previous.pt. Raises
+    ValueError if neither is whole, if an entry is not what these scripts write or does not fit the
+    model, or naming a setting that differs from the interrupted run's, except those in
+    FREE_TO_CHANGE and moved files, or data that changed.
     """
     if not any((out / name).exists() for name in CHECKPOINTS):  # on another node than the first
         raise ValueError(nothing_in(out))
@@ -269,13 +269,14 @@ def resume(out, kind, args, model, optimizer, scaler, extra, steps):
         raise ValueError(f"{path} does not fit: config: {other[0]} is not {config[other[0]]}")
     if state["step"] > steps:
         raise ValueError(f"{path}: step is {state['step']}, but the run has {steps} steps")
-    for name, module in {"model": model, **extra}.items():
-        if hasattr(module, "state_dict"):
-            shapes = weights.shapes_of(module.state_dict())
-            weights.check_shapes(path, state.get(name, {}), shapes, name)
+    modules = {k: v for k, v in {"model": model, **extra}.items() if hasattr(v, "state_dict")}
+    for name, module in modules.items():
+        shapes = weights.shapes_of(module.state_dict())
+        weights.check_shapes(path, state.get(name, {}), shapes, name)
     entries.check_optimizer(path, state["optimizer"], optimizer, state["step"])
     entries.check_scaler(path, state["scaler"], scaler)
-    model.load_state_dict(state["model"])
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state

@@ -112,7 +112,7 @@ def add_init_flags(parser):
 
 def add_normalise_flag(parser):
     """--normalise of every program that loads weights."""
-    text = "pixel mean and std; auto: the checkpoint's, half for published weights"
+    text = "pixel mean and std; auto: the checkpoint's, half for published or random weights"
     parser.add_argument(
         "--normalise", default="auto", choices=("auto", "half", "imagenet"), help=text
     )
@@ -353,16 +353,20 @@ def ending(error):
 def one_line_errors(stoppable=False):
     """Report bad input (ValueError, OSError) or full memory in one line with exit status 2.
 
-    stoppable: catch SIGTERM and SIGINT; a run that raises signals.Stopped ends with status 75.
+    stoppable: for training, which catches SIGTERM and SIGINT: a run that raises signals.Stopped
+    ends with status 75, and full memory names the flags that help.
     `python -X dev SCRIPT` shows where an error was raised.
     """
     status = 0
     if stoppable:
         signals.catch()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         yield
     except BaseException as error:
         status, line = ending(error) or (1, repr(error))
+        if stoppable and memory.exhausted(error):
+            line += f": {memory.HELP}"
         signals.kill_children()
         if not isinstance(error, SystemExit):  # a Parser has announced why
             processes.announce(line.removeprefix("error: "))

@@ -128,11 +128,11 @@ def check(args, config):
 
 
 def exhausted(error):
-    """The line for an error of an allocator, Python's, numpy's or torch's; None for any other."""
+    """What an error of an allocator, Python's, numpy's or torch's, says; None for any other."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):  # its first two sentences: what, how much
-        return f"{'. '.join(text.split('. ')[:2])}: {HELP}"
+        return ". ".join(text.split(". ")[:2])
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
         what = text.split("DefaultCPUAllocator: ")[-1].split(". ")[0]
-        return f"the memory is full ({what or 'no details'}): {HELP}"
+        return f"the memory is full ({what or 'no details'})"
     return None

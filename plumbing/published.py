@@ -282,6 +282,8 @@ def main(argv=None):
         help="parameter names in the new file (default: released, which timm uses too)",
     )
     args = parser.parse_args(argv)
+    if args.names != "released" and not args.destination:
+        parser.error("--names is for the new file: name one")
     if args.destination:
         outputs.check_new(args.destination, suffixes=(".pth", ".pt", ".safetensors"))
     found = load_pretrained(args.weights, *entries.TRAINED)

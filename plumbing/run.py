@@ -37,12 +37,12 @@ class Run:
             self.extra["init"] = digest
         self.held_out, self.warn = held_out, None
         self.out = checkpoints.open_output(args)
-        self.resumed, self.first = None, 0  # the checkpoint that it resumes, the first step to do
+        self.first = 0  # the first step to do
         if args.resume:
-            self.resumed = checkpoints.resume(self.out, kind, args, *self.saved, self.extra, steps)
-            self.first = self.resumed["step"]
-            if "init" in self.resumed:  # also where the file itself is gone
-                self.extra["init"] = self.resumed["init"]
+            state = checkpoints.resume(self.out, kind, args, *self.saved, self.extra, steps)
+            self.first = state["step"]
+            if "init" in state:  # also where the file itself is gone
+                self.extra["init"] = state["init"]
         else:
             self.save(0)  # an --out that cannot be written to fails now
         self.model = processes.wrap(model, process, args.compile)  # what the loop calls

@@ -20,7 +20,7 @@ import finetune_seg
 import pretrain
 import train_tokenizer
 from experiments import short_runs
-from plumbing import command_line, memory
+from plumbing import command_line, memory, signals
 
 DATA = {  # case: (script, flags, what the line must say)
     "missing path": ("cls", "--data nowhere", "nowhere: no such file or folder"),
@@ -105,8 +105,10 @@ SETTINGS = {
     "no folder": ("beit", "--out=", "--out: '' is not a name or a path"),
     "no data": ("cls", "--data=", "--data: '' is not a name or a path"),
     "no weights": ("cls", "--init=", "--init: '' is not a name or a path"),
-    "mask fits nowhere": ("beit", "--mask-ratio 0.93 --min-block 15",
-                          "min block 15 fits nowhere: 15 of 4x4 to mask"),
+    "empty masks": ("beit", "--mask-ratio 0.93 --min-block 15",
+                    "min block 15 hardly ever fits 4x4 patches: choose a smaller one"),
+    "mostly empty masks": ("beit", "--mask-ratio 0.93 --min-block 12",
+                           "min block 12 hardly ever fits 4x4 patches: choose a smaller one"),
     "equal warm-up": ("cls", "--warmup-epochs 1", "--warmup-epochs 1.0 leaves nothing of --epochs"),
     "processes": ("cls", "--workers 1000000", "--workers: '1000000' is neither auto nor in"),
 }  # fmt: skip
@@ -378,12 +380,15 @@ def test_swap_is_read_in_kilobytes(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda: np.empty(2**55), lambda: torch.empty(2**55)])
-def test_a_failed_allocation_is_one_line(make, capsys):
-    """numpy's and torch's errors of more memory than there is: status 2 and the flags that help."""
-    with pytest.raises(SystemExit, match="2"), command_line.one_line_errors():
+@pytest.mark.parametrize("training", [False, True])
+def test_a_failed_allocation_is_one_line(make, training, capsys, monkeypatch):
+    """numpy's and torch's errors of more memory than there is: status 2; in training flags, too."""
+    monkeypatch.setattr(signals, "catch", lambda: None)
+    with pytest.raises(SystemExit, match="2"), command_line.one_line_errors(training):
         make()
     error = capsys.readouterr().err
-    assert "the memory is full (" in error and "--batch-size" in error and error.count("\n") == 1
+    assert "the memory is full (" in error and error.count("\n") == 1
+    assert ("--batch-size" in error) == training
 
 
 DEFECTS = {

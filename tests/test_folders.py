@@ -153,6 +153,12 @@ def test_other_names_of_splits_are_said(tmp_path):
     touch(tmp_path / "b", "training/cat/1.jpg", "validation/cat/2.jpg")
     with pytest.raises(ValueError, match="b/training: rename it to train"):
         opened(tmp_path / "b", "train")
+    touch(tmp_path / "d", "train/1.jpg", "val/2.jpg", "validation/3.jpg")
+    with pytest.raises(ValueError, match="d/validation: keep this folder or val, not both"):
+        opened(tmp_path / "d", "train")
+    touch(tmp_path / "e", "train/1.jpg", "val/2.jpg", "training/3.jpg")
+    with pytest.raises(ValueError, match="e/training: rename it to train, .* or move it"):
+        opened(tmp_path / "e", "train")
     touch(tmp_path / "c", *numbered(3, "valid/{}.jpg"), *numbered(3, "invalid/{}.jpg"))
     assert opened(tmp_path / "c", "train")[1] == ["invalid", "valid"]
 
@@ -224,6 +230,18 @@ def test_exif_orientation_is_applied(pillow, tmp_path, capsys):
         assert pixels.shape == upright.shape and np.abs(pixels - upright).mean() < 3, path.name
     sets.open_source(str(tmp_path), "train")
     assert "7 turned upright by their EXIF orientation" in capsys.readouterr().out
+
+
+def test_damage_after_the_first_frame_of_a_gif(pillow, tmp_path, capsys):
+    """A file cut anywhere is read by its first frame or skipped; only a whole one is said."""
+    first, second, third = (pillow.new("L", (8, 8), grey) for grey in (0, 100, 200))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second, third])
+    whole = (tmp_path / "a.gif").read_bytes()
+    said = [photos.survey.__wrapped__((tmp_path / "a.gif",))[1]]
+    for size in range(len(whole)):
+        (tmp_path / "a.gif").write_bytes(whole[:size])
+        said.append(photos.survey.__wrapped__((tmp_path / "a.gif",))[1])
+    assert "1 of several frames" in said[0] and said.count("") > len(whole) / 4
 
 
 def test_floating_point_images_are_refused(pillow, tmp_path):

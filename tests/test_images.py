@@ -4,6 +4,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import http.client
 import http.server
 import io
 import os
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune_seg
+from images import arrays as array_files
 from images import (
     augment,
     batches,
@@ -169,8 +171,11 @@ def check(path):
         raise ValueError(f"{path}: checksum differs")
 
 
-def test_download_that_fails_leaves_nothing_behind(tmp_path):
-    """A missing file and wrong content leave an empty cache; the right content only itself."""
+def test_download_that_fails_keeps_nothing(tmp_path):
+    """A missing file and wrong content leave an empty part; the right content only itself.
+
+    The part stays, because another process may have opened it and wait for the lock.
+    """
     cache = tmp_path / "cache"
     with pytest.raises(ValueError, match="cannot download"):
         downloads.fetch("a.gz", (tmp_path / "none.gz").as_uri(), [cache], check)
@@ -178,7 +183,7 @@ def test_download_that_fails_leaves_nothing_behind(tmp_path):
     url = (tmp_path / "some.gz").as_uri()
     with pytest.raises(ValueError, match="checksum differs"):
         downloads.fetch("a.gz", url, [cache], check)
-    assert list(cache.iterdir()) == []
+    assert [(path.name, path.stat().st_size) for path in cache.iterdir()] == [("a.part", 0)]
     (tmp_path / "some.gz").write_bytes(b"the right content")
     assert downloads.fetch("a.gz", url, [cache], check) == cache / "a.gz"
     assert [path.name for path in cache.iterdir()] == ["a.gz"]
@@ -214,6 +219,37 @@ def test_download_that_breaks_off_is_resumed(ranges, tmp_path):
     assert asked == [None, "bytes=5-"]
 
 
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), http.client.BadStatusLine("x")])
+def test_a_reply_that_is_not_http_is_one_error(error, tmp_path, monkeypatch):
+    """A chunk that breaks off, or no reply of HTTP at all: neither is an OSError."""
+
+    def download(url, file):
+        raise error
+
+    monkeypatch.setattr(downloads, "download", download)
+    with pytest.raises(ValueError, match="cannot download .*: download it yourself"):
+        downloads.fetch("a.gz", "http://127.0.0.1/a.gz", [tmp_path], check)
+
+
+def test_a_file_system_without_locks_and_a_user_without_home(tmp_path, monkeypatch):
+    """The first is no reason not to download; the second asks for --data-dir."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / "some.gz").write_bytes(b"the right content")
+    url, cache = (tmp_path / "some.gz").as_uri(), tmp_path / "cache"
+    assert downloads.fetch("a.gz", url, [cache], check) == cache / "a.gz"
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(downloads.Path, "home", nobody)
+    with pytest.raises(ValueError, match="no home folder .*: give --data-dir"):
+        downloads.data_folders(None)
+
+
 # -------------------------------------------------------- arrays
 
 
@@ -232,6 +268,26 @@ def test_convert_once(arrays, tmp_path, destination):
     assert source.images.shape == (32, 8, 8, 3)
     assert len(source.labels) == 32 and source.masks.shape == (32, 8, 8)
     assert isinstance(source.images, np.memmap) == (destination == "folder")
+
+
+def test_class_names_that_are_not_utf8(tmp_path, capsys):
+    """As file systems allow: such names go through arrays and are printed; damage is refused."""
+    names, images = ["caf\udce9", "dog"], np.zeros((2, 4, 4), np.uint8)
+    arrays_of = {"train_images": images, "train_labels": np.arange(2), "classes": np.array(names)}
+    np.savez(tmp_path / "a.npz", **arrays_of)
+    assert sets.open_source(str(tmp_path / "a.npz"), "train").classes == names
+    np.savez(tmp_path / "b.npz", **arrays_of | {"classes": np.array(["caf\ud800", "dog"])})
+    with pytest.raises(ValueError, match="classes.npy is not a whole array file"):
+        sets.open_source(str(tmp_path / "b.npz"), "train")
+    with command_line.one_line_errors():
+        print(names[0])
+    assert capsys.readouterr().out == "caf\\udce9\n"
+
+
+def test_full_memory_is_not_blamed_on_the_file():
+    """The error of numpy's allocator goes on as it is."""
+    with pytest.raises(MemoryError), array_files.whole("a.npz"):
+        np.empty(2**55)
 
 
 @pytest.mark.parametrize("destination", ["set.npz", "folder"])

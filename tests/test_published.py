@@ -192,11 +192,13 @@ def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
 
 
 def test_export_refuses_to_overwrite(made, tmp_path):
-    """An existing file, a missing folder and a segmenter under transformers' names are errors."""
+    """An existing file, a missing folder, names without a file, a segmenter as transformers'."""
     (tmp_path / "there.pth").write_text("keep me")
     pretrained, segmenter = (str(made / stage / "checkpoint.pt") for stage in ("beit", "seg"))
     with pytest.raises(ValueError, match="exists already"):
         published.main([pretrained, str(tmp_path / "there.pth")])
+    with pytest.raises(SystemExit, match="2"):
+        published.main([pretrained, "--names", "transformers"])
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         published.main([pretrained, str(tmp_path / "nowhere" / "new.pth")])
     with pytest.raises(ValueError, match="no model with this deconvolution head"):

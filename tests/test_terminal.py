@@ -11,7 +11,7 @@ from torch import nn
 
 import train_tokenizer
 from experiments import short_runs, stages
-from plumbing import command_line, log, processes
+from plumbing import command_line, log, processes, signals
 from plumbing.run import Run, evaluate_only
 
 
@@ -275,8 +275,9 @@ def test_evaluate_only_refuses_a_folder_that_is_not_empty(name, tmp_path):
 def test_out_of_memory_is_one_line(capsys, monkeypatch):
     """torch's error of a full GPU: status 2, how much was asked for, and the flags that help."""
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    monkeypatch.setattr(signals, "catch", lambda: None)
     message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
-    with pytest.raises(SystemExit) as stopped, command_line.one_line_errors():
+    with pytest.raises(SystemExit) as stopped, command_line.one_line_errors(stoppable=True):
         raise torch.OutOfMemoryError(f"{message}.\nSee the documentation (https://pytorch.org)")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
