@@ -1,4 +1,4 @@
-"""The paper's tables 1, 3 and 4 and figure 2 at small scale, and a summary of the whole paper.
+"""The paper's tables 1, 3 and 4 and figure 2 at small scale, experiments of ours, and a summary.
 
     python reproduce.py                       # summary on synthetic shapes: minutes on two cores
     python reproduce.py --recipe fashion      # summary on real images: 26 minutes on two CPU cores
@@ -14,11 +14,12 @@ Each stage runs one of the scripts. You find in OUT:
     results.json      the tables with every single value, the time of each stage, the machine
     commands.txt      the command of each stage
     STAGE.log         the output of a stage; its checkpoint, numbers and pictures are in STAGE/
+    STAGE.json        what a finished stage reported; without it, the stage runs again
+    figure2.png, budgets-MEASURE.svg    the figure, and the curves of --budgets
 
 The documents' tables come from the copies of results.json in docs/results/RECIPE.json.
 """
 
-import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends it without a t
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from experiments import paper, report, stages, tables
+from images import batches
 from plumbing import command_line, signals
 
 
@@ -51,7 +53,7 @@ def parse(argv):
     add("--resume", action="store_true", help="keep the finished stages in --out, run the others")
     add("--scenes", help="images with masks for segmentation (docs/data.md); default: the recipe's")
     add("--data-dir", help="folder with the data set's original files, downloaded if missing")
-    jobs, cores = "stages side by side; default: CPU cores", os.cpu_count()
+    jobs, cores = "stages side by side; default: CPU cores", batches.share_of_cores()
     command_line.add_number(parser, "--jobs", int, "[1, 1024]", jobs, default=cores)
     add("--documents", action="store_true", help="only fill the tables of README.md and docs/*.md")
     args = parser.parse_args(argv)

@@ -7,8 +7,9 @@
     python -m experiments.features WEIGHTS.pth --data IMAGENET --images 50000 --out F.npz
 
 CHECKPOINT is a checkpoint.pt of pretrain.py, finetune_cls.py or finetune_seg.py, or published BEiT
-weights. Images are seen as finetune_cls.py evaluates them: the centred square, at the checkpoint's
-size. Without --split, the images are those of train and of --eval-split. F.npz then holds
+weights. Images are seen as finetune_cls.py evaluates them in the small recipes: the centred square,
+whole unless --eval-crop says otherwise, at the checkpoint's size. Without --split, the images are
+those of train and of --eval-split. F.npz then holds
 
     features   float32 (n, L, D); features[:, l - 1] is f^l
     splits     (n,), the split of each image

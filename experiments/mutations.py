@@ -418,7 +418,8 @@ def encoded(bench, path, suffix):
     """A picture's bytes in the format of a suffix."""
     image, file = bench.pillow.open(path), io.BytesIO()
     image = image.convert("L") if suffix == "pgm" else image
-    image.save(file, FORMATS[suffix])
+    frames = {"save_all": True, "append_images": [image.rotate(90)]} if suffix == "gif" else {}
+    image.save(file, FORMATS[suffix], **frames)
     return file.getvalue()
 
 

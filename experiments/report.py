@@ -177,6 +177,9 @@ def fine_tuning_charts(out, stages, names):
         if match and (curve := losses(out, name)):
             series, task, row = match.groups()
             tasks[series, task][row].append(curve)
+    for (series, task), rows in tasks.items():
+        if series == "x1-":  # the budget of the recipe: BEiT's first run is the summary's
+            rows["beit"] += tasks.get((None, task), {}).get("beit", [])
     charts = []
     for (series, task), rows in tasks.items():
         fresh = [row for row in rows if row.startswith(RANDOM) and "smaller" not in row]
@@ -203,7 +206,7 @@ def series_text(series):
     if series is None:
         return ""
     if series[0] == "x":
-        return "" if series == "x1-" else f", {series[1:-1]} times the recipe's epochs"
+        return f", {series[1:-1]} times the recipe's epochs"
     return ", after 14 x 14 patches" if series == "14x14-" else ", with other tokenizers"
 
 

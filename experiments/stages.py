@@ -47,6 +47,17 @@ def base_name(name):
     return re.sub(r"-[0-9a-f]{8}$", "", name)
 
 
+def task(name):
+    """The task in a fine-tuning stage's name, such as cls100 of x2-cls100-beit-0-1, or None."""
+    found = re.search(r"(?:^|-)(cls\w+?|seg)-", name)
+    return found and found[1]
+
+
+def without_seed(name):
+    """A stage's name without its last number, which for most is a seed."""
+    return re.sub(r"-\d+$", "", base_name(name))
+
+
 def recorded_seconds(recipe):
     """{stage's name without digest: seconds} from docs/results/RECIPE.json; empty without it.
 
@@ -146,7 +157,7 @@ class Progress:
         """recorded: {stage's name without digest: seconds}. jobs: stages side by side."""
         self.recorded, self.jobs = recorded, jobs
         self.groups = []  # one after another; the stages of a group run side by side
-        self.rates = collections.defaultdict(list)  # {script: seconds / length of finished stages}
+        self.rates = collections.defaultdict(list)  # {(script, task): seconds / length}, finished
         self.start, self.lock = time.monotonic(), threading.RLock()
         self.terminal, self.ended = sys.stdout.isatty(), threading.Event()
 
@@ -201,11 +212,14 @@ class Progress:
         return sum(stage.seconds is not None for stage in self.stages), len(self.stages)
 
     def known(self, stage):
-        """Recorded seconds of a stage, or by its length and others of its script."""
+        """Recorded seconds of a stage or of other seeds, or by its length and others of its task."""
         if stage.recorded is not None:
             return stage.recorded
-        same = [s for s in self.stages if s.script == stage.script and s.recorded]
-        rates = self.rates[stage.script] + [s.recorded / s.length for s in same]
+        name, kind = without_seed(stage.name), (stage.script, task(stage.name))
+        if seeds := [s for other, s in self.recorded.items() if without_seed(other) == name]:
+            return statistics.mean(seeds)
+        same = [s for s in self.stages if s.recorded and (s.script, task(s.name)) == kind]
+        rates = self.rates[kind] + [s.recorded / s.length for s in same]
         like, seconds = LIKE[stage.script]
         rate = statistics.mean(rates) if rates else self.recorded.get(like, seconds)
         return stage.length * rate
@@ -385,7 +399,7 @@ class Runner:
             self.run(name, script, flags, threads)
         finished = tables.read_stage(done)
         if not finished["resumed"]:
-            self.progress.rates[script].append(finished["seconds"] / length)
+            self.progress.rates[script, task(name)].append(finished["seconds"] / length)
         return Result(finished["result"], checkpoint=checkpoint)
 
     def column(self, script):

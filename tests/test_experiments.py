@@ -462,6 +462,17 @@ def test_estimate_of_a_stage_without_a_record_follows_its_epochs(no_processes, t
     assert runner.progress.seconds_left() == pytest.approx(80)
 
 
+def test_estimate_of_other_seeds_and_other_tasks(tmp_path):
+    """Seed 3 takes the mean of seeds 0 and 1; a learning rate's trial with ten labels 30 s."""
+    records = {"cls100-beit-0-0": 90.0, "cls100-beit-0-1": 110.0, "cls10-beit-0-0": 30.0}
+    progress = stages.Progress(records, jobs=1)
+    for name in records:
+        progress.add(f"{name}-00000000", "finetune_cls.py", tmp_path / "a.log", False)
+    new = progress.add("cls100-beit-0-3-00000000", "finetune_cls.py", tmp_path / "a.log", False)
+    other = progress.add("search-cls10-beit-0.1-00000000", "finetune_cls.py", tmp_path / "a", False)
+    assert progress.known(new) == pytest.approx(100) and progress.known(other) == 30
+
+
 def test_estimate_of_stages_without_any_record(tmp_path):
     """A quarter of the recipe's 400 recorded seconds of pre-training; 25 for a classifier."""
     progress = stages.Progress({"beit-0": 400.0}, jobs=1)
@@ -569,7 +580,7 @@ def test_report_of_a_folder_without_its_data(arrays, made, tmp_path, capsys):
     assert page.count("Pre-training: - visual tokens (visual-tokens-x0-5-0)") >= 1
     assert "mean squared error" in page and "nats per token" not in page
     assert "22222222" in page and "11111111" not in page
-    assert "no attention maps in the report: --data nowhere.npz" in capsys.readouterr().out
+    assert "no attention maps in the report: nowhere.npz: no such" in capsys.readouterr().out
 
 
 def test_stage_that_two_experiments_share_is_planned_once(tmp_path):
