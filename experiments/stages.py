@@ -212,7 +212,7 @@ class Progress:
         return sum(stage.seconds is not None for stage in self.stages), len(self.stages)
 
     def known(self, stage):
-        """Recorded seconds of a stage or of other seeds, or by its length and others of its task."""
+        """Seconds recorded of it or its other seeds; else by its length and others of its task."""
         if stage.recorded is not None:
             return stage.recorded
         name, kind = without_seed(stage.name), (stage.script, task(stage.name))
