@@ -299,5 +299,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.one_line_errors(stoppable=True):
+    with command_line.one_line_errors(stoppable=True, full="lower --batch-size or --images"):
         main()

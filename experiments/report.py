@@ -179,7 +179,8 @@ def fine_tuning_charts(out, stages, names):
             tasks[series, task][row].append(curve)
     for (series, task), rows in tasks.items():
         if series == "x1-":  # the budget of the recipe: BEiT's first run is the summary's
-            rows["beit"] += tasks.get((None, task), {}).get("beit", [])
+            if more := tasks.get((None, task), {}).get("beit"):
+                rows["beit"] += more
     charts = []
     for (series, task), rows in tasks.items():
         fresh = [row for row in rows if row.startswith(RANDOM) and "smaller" not in row]
@@ -206,7 +207,8 @@ def series_text(series):
     if series is None:
         return ""
     if series[0] == "x":
-        return f", {series[1:-1]} times the recipe's epochs"
+        times = "" if series == "x1-" else f"{series[1:-1]} times "
+        return f", {times}the recipe's epochs"
     return ", after 14 x 14 patches" if series == "14x14-" else ", with other tokenizers"
 
 

@@ -88,8 +88,8 @@ def open_split(root, split, names, make):
     check_split_names(root, {name for part in names for name in names[part]})
     for other, part in OTHER_NAMES.items():
         if given and other not in names[part] and (root / other).is_dir():
-            text = f"rename it to {part}, the name of a split, or move it"
-            raise ValueError(f"{root / other}: {text}")
+            text = "merge it into" if part in given else "rename it to"
+            raise ValueError(f"{root / other}: {text} {part}, the name of a split")
     if split in given and (split != "train" or "val" in given):
         return make(given[split])
     if split == "test":

@@ -185,9 +185,9 @@ def save(out, kind, args, step, model, optimizer, scaler, more=None):
     more: a dict of further entries.
 
     The checkpoint goes to a temporary file first and takes its name once it is on the disk, so
-    checkpoint.pt is whole at every instant. The old one becomes previous.pt. Raises ValueError,
-    leaving both as they are, if the disk is full or a weight is not finite; and at step 0 if there
-    is no room for the next checkpoint.
+    checkpoint.pt is whole at every instant. The old one becomes previous.pt, except at step 0,
+    where it is a false start's. Raises ValueError, leaving both as they are, if the disk is full or
+    a weight is not finite; and at step 0 if there is no room for the next checkpoint.
     """
     newest, temporary = out / CHECKPOINTS[0], out / "checkpoint.tmp"
     for name, tensor in model.state_dict().items():

@@ -350,23 +350,24 @@ def ending(error):
 
 
 @contextlib.contextmanager
-def one_line_errors(stoppable=False):
+def one_line_errors(stoppable=False, full=memory.HELP):
     """Report bad input (ValueError, OSError) or full memory in one line with exit status 2.
 
-    stoppable: for training, which catches SIGTERM and SIGINT: a run that raises signals.Stopped
-    ends with status 75, and full memory names the flags that help.
-    `python -X dev SCRIPT` shows where an error was raised.
+    stoppable: catch SIGTERM and SIGINT; a run that raises signals.Stopped ends with status 75, and
+    its line about full memory ends in `full`, the flags that help. `python -X dev SCRIPT` shows
+    where an error was raised.
     """
     status = 0
     if stoppable:
         signals.catch()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         yield
     except BaseException as error:
         status, line = ending(error) or (1, repr(error))
         if stoppable and memory.exhausted(error):
-            line += f": {memory.HELP}"
+            line += f": {full}"
         signals.kill_children()
         if not isinstance(error, SystemExit):  # a Parser has announced why
             processes.announce(line.removeprefix("error: "))

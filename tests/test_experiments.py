@@ -548,7 +548,8 @@ def test_tables_side_by_side_keep_the_order_of_rows():
 def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_path):
     """A page of three stages: its tables, curves, pictures and commands; it loads nothing else."""
     names = [("tokenizer", "tokenizer"), ("cls", "cls100-beit-0-0"), ("seg", "seg-beit-0-0")]
-    for stage, name in [*names, ("cls", "x0.25-cls100-beit-0-0"), ("seg", "tokens-seg-vq-0-0")]:
+    names += [("cls", "x0.25-cls100-beit-0-0"), ("cls", "x1-cls100-recover-100-0-0")]
+    for stage, name in [*names, ("seg", "tokens-seg-vq-0-0")]:
         shutil.copytree(made / stage, tmp_path / f"{name}-00000000")
         command = [short_runs.SCRIPTS[stage][0], *short_runs.script_flags(stage, arrays, made)]
         record = {"command": shlex.join(command), "seconds": 1.0, "threads": 1, "resumed": False}
@@ -559,10 +560,13 @@ def test_report_is_one_page_with_tables_curves_and_pictures(arrays, made, tmp_pa
     (tmp_path / "budgets-top-1.svg").write_text("<svg></svg>")
     page = report.write(tmp_path).read_text()
     assert "<td>&lt;BEiT&gt;</td>" in page and "12.5" in page
-    assert page.count("<svg") == 5 and page.count('src="data:image/png;base64,') == 3
+    assert page.count("<svg") == 6 and page.count('src="data:image/png;base64,') == 3
     assert page.count('src="data:image/svg+xml;base64,') == 1
-    titles = "labels per class, 0.25 times the recipe's epochs", "Segmenters, with other tokenizers"
-    assert all(title in html.unescape(page) for title in titles)
+    svgs = [html.unescape(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL)]
+    for title in ("class, 0.25 times the recipe's epochs", "Segmenters, with other tokenizers"):
+        assert sum(title in svg for svg in svgs) == 1
+    (of_recipe,) = (svg for svg in svgs if "class, the recipe's epochs" in svg)
+    assert of_recipe.count("<polyline") == 2  # BEiT's is the summary's run
     assert re.findall(r'src="(?!data:)|<script|<link|@import|url\(', page) == []
 
 
