@@ -60,7 +60,7 @@ SIZE_OF_INIT = command_line.COLUMNS  # recipes that take the image size of --ini
 
 
 class BeitForClassification(Beit):
-    """Mean of the patch outputs, LayerNorm (as released), linear; the last starts near 0 (x 0.001).
+    """Mean of the patch outputs, LayerNorm (as released), linear. W_c starts near 0 (x 0.001).
 
     layer: of the linear probe, which takes H^l in place of H^L; None: L.
     """

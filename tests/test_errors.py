@@ -382,7 +382,7 @@ def test_swap_is_read_in_kilobytes(tmp_path):
 @pytest.mark.parametrize("make", [lambda: np.empty(2**55), lambda: torch.empty(2**55)])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_failed_allocation_is_one_line(make, training, capsys, monkeypatch):
-    """numpy's and torch's errors of more memory than there is: status 2; in training flags, too."""
+    """Of numpy and torch, for more memory than there is: status 2; in training flags that help."""
     monkeypatch.setattr(signals, "catch", lambda: None)
     with pytest.raises(SystemExit, match="2"), command_line.one_line_errors(training):
         make()

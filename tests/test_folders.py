@@ -232,7 +232,7 @@ def test_exif_orientation_is_applied(pillow, tmp_path, capsys):
     assert "7 turned upright by their EXIF orientation" in capsys.readouterr().out
 
 
-def test_damage_after_the_first_frame_of_a_gif(pillow, tmp_path, capsys):
+def test_damage_after_the_first_frame_of_a_gif(pillow, tmp_path):
     """A file cut anywhere raises nothing; damaged after the first frame, it has only that one."""
     first, second, third = (pillow.new("L", (8, 8), grey) for grey in (0, 100, 200))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second, third])
