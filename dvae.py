@@ -344,8 +344,8 @@ class VQVAE(DVAE):
     def revive_codes(self, parts, rank, world, seed):
         """Move codes whose usage has decayed below 0.1 to random outputs of the global batch.
 
-        This cures VQ-VAE's index collapse. In the first call no code has been used, so it is also
-        the data-driven initialisation. parts: this process's images in pieces that fit in memory.
+        Ours, against VQ-VAE's index collapse. In the first call no code has been used, so it is the
+        initialisation from data, too. parts: this process's images in pieces that fit in memory.
         """
         z_e = torch.cat([self.encode(part) for part in parts]).flatten(0, 2)  # (n, code_dim)
         generator = torch.Generator().manual_seed(seed)

@@ -43,8 +43,11 @@ WEIGHTS = 2**21  # most attention weights at once of a model, which bounds the m
 
 
 def is_cropped(source, size):
-    """Whether a set's images are seen in part: arrays, unless they are smaller than the model."""
-    return isinstance(source, sources.Arrays) and min(source.images.shape[1:3]) >= size
+    """Whether a set's images are seen in part: arrays with masks that are larger than `size`."""
+    if source.masks is None or not isinstance(source, sources.Arrays):
+        return False
+    low, high = sorted(source.images.shape[1:3])
+    return low >= size < high
 
 
 def view_text(source, size):
@@ -365,6 +368,7 @@ def main(argv=None):
         args.data, args.data_dir = saved.get("data"), args.data_dir or saved.get("data_dir")
         if any(image.isdigit() for image in args.images or ["0"]):  # not files only
             if args.data is None:
+                features.load_model(args.checkpoint, args.normalise)  # raises if it is none
                 parser.error(f"--data is needed: {args.checkpoint} does not name its own")
             log.note(f"images of {args.data}, the checkpoint's data: --data takes others")
     if args.out:

@@ -1,4 +1,4 @@
-"""Compare every network with the independent implementations that people use.
+"""Compare our networks with the independent implementations that people use.
 
     pip install timm transformers safetensors scipy dall-e attrs requests   # in a new environment
     python -m experiments.verify            # the table in docs/fidelity.md; minutes on two cores

@@ -107,7 +107,6 @@ def photometric(images, rng):
 # -------------------------------------------------------- RandAugment
 
 # Operations on one uint8 image (3, H, W). They round or truncate where Pillow does, as in timm.
-FILL = 128, 128, 128  # for what lies outside the image
 
 
 def taps(position, side):
@@ -267,7 +266,7 @@ OPERATIONS = [
 ]
 
 
-def randaugment(image, magnitude, rng, fill=FILL):
+def randaugment(image, magnitude, rng, fill):
     """RandAugment, uint8 (3, H, W) -> uint8 (3, H, W); the paper's "9/0.5" has magnitude 9.
 
     The distribution is that of timm's rand-m9-mstd0.5-inc1: two random operations, which may be the

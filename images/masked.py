@@ -16,9 +16,9 @@ class MaskedImages(views.Samples):
     Training: resize by a random factor, take a random crop of S x S, flip, vary the colours, pad.
     Evaluation: the whole image and its mask, resized as --short-side and --long-side say, padded to
     at least S x S; images of different sizes must come one at a time. args: the flags of
-    finetune_seg. normalise: a key of batches.NORMALISE, whose mean is the padding, 0 after
-    standardising. Raises ValueError if the source has no masks, or if a value is neither below
-    `classes` nor IGNORE in SAMPLED masks; the others are checked when read.
+    finetune_seg. normalise: a key of batches.NORMALISE, whose mean is the padding, about 0
+    after standardising. Raises ValueError if the source has no masks, or if a value is neither
+    below `classes` nor IGNORE in SAMPLED masks; the others are checked when read.
     """
 
     def __init__(self, args, source, classes, normalise, train):

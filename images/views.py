@@ -20,7 +20,8 @@ from plumbing import noise
 def random_box(rng, height, width, min_area):
     """A random resized crop as (top, left, height, width) in pixels.
 
-    Its area is min_area to 1 of the image's, its aspect ratio log-uniform in 3/4 to 4/3. With
+    Its area is min_area to 1 of the image's, its aspect ratio log-uniform in 3/4 to 4/3. Where ten
+    draws do not fit, as in panoramas, it is the centre at 3:4 or 4:3, as in torchvision. With
     min_area 1 it is the largest square at a random place, so that no picture is squashed.
     """
     if min_area >= 1:
@@ -123,8 +124,8 @@ class Samples(Dataset):
             except photos.Unreadable as error:  # no other: it would be a defect of ours
                 if not self.train:
                     raise photos.Unreadable(
-                        f"{error}; held-out images are all needed: repair or remove it (a run that "
-                        "has begun goes on with --resume)"
+                        f"{error}; only training skips images: repair or remove it (a training run "
+                        "that has begun goes on with --resume)"
                     ) from error
                 self.skipped += 1
                 last = error

@@ -133,7 +133,7 @@ class Run:
     def allows(self, step, norm, lr):
         """True unless the gradient's norm, a tensor, is not finite; see FiniteSteps.allow.
 
-        This is the only place where a step waits for its device.
+        Here a step waits for its device; copies of a batch wait for the step before at most.
         """
         if self.signals is not None:
             self.signals = self.signals.item()

@@ -132,6 +132,13 @@ def test_what_attention_sees_of_an_image():
     pixels, mask = attention.Seen(small, 8)[0]
     assert pixels.shape == (3, 8, 8) and pixels[:, 0, 0].allclose(torch.tensor(100 / 255))
     assert torch.equal(mask == 1, F.pad(torch.ones(4, 4) == 1, (0, 4, 0, 4)))
+    whole = "the centred square, resized to"
+    square = sources.Arrays("square", masks[:, :, :4], masks=masks[:, :, :4])
+    bare = sources.Arrays("bare", images)
+    for shown, size, part in [(source, 10, "a random crop of"), (source, 11, whole),
+                              (square, 4, whole), (bare, 8, whole)]:  # fmt: skip
+        text = attention.view_text(shown, size)
+        assert text == f"{shown.name}: of each image {part} {size}x{size} pixels"
 
 
 def test_figure_2_of_photographs(made, tmp_path, capsys):
@@ -175,6 +182,9 @@ def test_figure_2(arrays, made, tmp_path, capsys):
     rows = [f"{model}, {of}" for model in ("pre-trained", "random weights") for of in heads]
     assert list(scores) == [*rows, "nearness", "pixels", "centre", "chance"]
     assert all(0 < float(score) <= 100 for score in scores.values())
+    folder = str(made / "beit")
+    with pytest.raises(ValueError, match=f"{folder}: it is a folder, name {checkpoint}"):
+        attention.main([folder, "--out", str(tmp_path / "none.png")])
     unmasked = sources.Arrays("no masks", np.zeros((1, 16, 16), np.uint8))
     models, _ = attention.load_models(checkpoint)
     with pytest.raises(ValueError, match="no masks has no masks"):
