@@ -133,7 +133,7 @@ class Run:
     def allows(self, step, norm, lr):
         """True unless the gradient's norm, a tensor, is not finite; see FiniteSteps.allow.
 
-        Here a step waits for its device; copies of a batch wait for the step before at most.
+        Here a step waits for its device; copying a batch waits at most for the step before.
         """
         if self.signals is not None:
             self.signals = self.signals.item()
