@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-STD = 0.02  # of the truncated normal of matrices, e_[S], e_[M] and E_pos (section 2.5)
+STD = 0.02  # of the truncated normal of matrices, e_[S], e_[M] and E_pos (as released)
 SDPA_ON = ("cuda",)  # on CPUs SDPA's backward is slower in bf16 than the plain products
 
 
@@ -34,7 +34,7 @@ class BeitConfig:
     depth: int = 12  # L
     heads: int = 12
     mlp_ratio: float = 4.0
-    positions: str = "shared"  # "absolute": E_pos; "relative": a bias table per block; "shared"
+    positions: str = "shared"  # "absolute": E_pos; "relative": a table per block; "shared": one
     layer_scale: float = 0.1  # initial value of gamma_1 and gamma_2; 0: no LayerScale
     drop_path: float = 0.1  # stochastic depth of the last block, rising linearly from 0
 
@@ -139,9 +139,9 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, N+1, D) -> q, k, v, each (B, heads, N+1, D/heads)."""
-        B, tokens, D = x.shape
+        B, rows, D = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(B, tokens, 3, self.heads, D // self.heads)
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, rows, 3, self.heads, D // self.heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def weights(self, q, k, bias):
@@ -222,11 +222,11 @@ class Block(nn.Module):
         return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2, keep_2)
 
     def forward_at(self, x, bias, rows, u=None):
-        """forward(x, bias, u)[rows] in less time; rows: indices (image, token), each (n,).
+        """forward(x, bias, u)[rows] in less time; rows: indices (image, row), each (n,).
 
         Attention reads all rows of its input; after it, rows are independent: (n, D).
         """
-        keep_1, keep_2 = (None if keep is None else keep[rows[0], 0] for keep in self.keep(u))
+        keep_1, keep_2 = (None if k is None else k[rows[0], 0] for k in self.keep(u))  # (n, 1)
         attended = self.attn.proj(self.attn.attend(self.norm1(x), bias)[rows])
         x = self.residual(x[rows], attended, self.gamma_1, keep_1)
         return self.residual(x, self.mlp(self.norm2(x)), self.gamma_2, keep_2)
@@ -250,8 +250,8 @@ class PatchEmbed(nn.Module):
 class Beit(nn.Module):
     """The backbone. A subclass adds a head.
 
-    mask_embedding=True adds e_[M] and initialises as for pre-training. Fine-tuning sees whole
-    images, and DistributedDataParallel refuses a parameter that gets no gradient.
+    mask_embedding=True adds e_[M] and initialises as for pre-training. Fine-tuning has no e_[M]: it
+    sees whole images, and DistributedDataParallel refuses a parameter that gets no gradient.
     """
 
     def __init__(self, config, mask_embedding=False):
@@ -270,13 +270,13 @@ class Beit(nn.Module):
             self.register_buffer("relative_position_index", index, persistent=False)
         if config.positions == "shared":
             self.rel_pos_bias = SharedRelativePosition(config)
-        rates = [config.drop_path * l / max(config.depth - 1, 1) for l in range(config.depth)]
+        rates = np.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.init_weights(cut=STD if mask_embedding else 2.0)
 
     @torch.no_grad()
     def init_weights(self, cut):
-        """Section 2.5: truncated normal, zero biases; layer l's output projections / sqrt(2l)."""
+        """Section 2.5: small values, as released; layer l's output projections / sqrt(2l)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 init_weight(module.weight, cut)
@@ -314,11 +314,11 @@ class Beit(nn.Module):
         if self.rel_pos_bias is not None:
             table = self.rel_pos_bias.relative_position_bias_table
             bias = relative_bias(table, self.relative_position_index)
-        for l, block in enumerate(self.blocks):
+        for l, block in enumerate(self.blocks, start=1):
             if self.config.positions == "relative":
                 table = block.attn.relative_position_bias_table
                 bias = relative_bias(table, self.relative_position_index)
-            yield block, bias, None if u is None else u[:, l]
+            yield block, bias, None if u is None else u[:, l - 1]
 
     def run(self, block, *inputs):
         """block(*inputs); with --recompute, the backward pass computes its activations again."""
@@ -399,7 +399,7 @@ def cubic_spline_matrix(x, x_new):
     """
 
     def basis(t):
-        powers = (t[:, None] / x[-1]) ** np.arange(4)
+        powers = (t[:, None] / x[-1]) ** np.arange(4)  # of t in [-1, 1], for a stable inverse
         return np.hstack([powers, np.maximum(t[:, None] - x[None, 2:-2], 0) ** 3 / x[-1] ** 3])
 
     return basis(x_new) @ np.linalg.inv(basis(x))
@@ -427,7 +427,7 @@ def resize_relative_table(table, grid):
 # -------------------------------------------------------- fine-tuning (section 2.6)
 
 
-HEADS = ("mask_token", "lm_head.", "fc_norm.", "head.", "decoder.")  # not every model has these
+HEADS = ("mask_token", "lm_head.", "fc_norm.", "head.", "decoder.")  # beside the backbone
 
 
 def finetuned_config(init, name, image_size, drop_path):
@@ -443,10 +443,10 @@ def finetuned_config(init, name, image_size, drop_path):
 def load_backbone(model, state, keep=()):
     """Copy a pre-trained or fine-tuned state dict into `model`, whatever its head and resolution.
 
-    keep: those of HEADS to copy too; the model's own stay as they are. The final norm is left out
-    where only one side has it. A shared relative table is copied into every block if the model has
-    one per block. Positions are interpolated. Raises ValueError naming whatever else is missing,
-    left over or of another shape.
+    keep: which of HEADS to copy too; of the others the model keeps its own. The final norm is left
+    out where only one side has it. A shared relative table is copied into every block if the model
+    has one per block. Positions are interpolated. Raises ValueError naming whatever else is
+    missing, left over or of another shape.
     """
     own = model.state_dict()
     heads = tuple(head for head in HEADS if head not in keep)
@@ -456,8 +456,8 @@ def load_backbone(model, state, keep=()):
     shared = "rel_pos_bias.relative_position_bias_table"
     if shared in state and model.config.positions == "relative":
         table = state.pop(shared)
-        for l in range(model.config.depth):
-            state[f"blocks.{l}.attn.relative_position_bias_table"] = table.clone()
+        for number in range(model.config.depth):
+            state[f"blocks.{number}.attn.relative_position_bias_table"] = table.clone()
     for key in state:
         if key == "pos_embed":
             state[key] = resize_pos_embed(state[key], model.config.grid)

@@ -90,12 +90,13 @@ def conv(n_in, n_out, kernel):
 
 
 class ResidualBlock(nn.Module):
-    """x + 1/layers**2 * bottleneck(x), a ReLU before each of four convolutions.
+    """x + 1/n_blocks**2 * bottleneck(x), a ReLU before each of four convolutions.
 
-    The encoder's kernels are (3, 3, 3, 1), the decoder's mirror them: (1, 3, 3, 3).
+    The encoder's kernels are (3, 3, 3, 1), the decoder's mirror them: (1, 3, 3, 3). n_blocks: the
+    number of residual blocks in the whole network.
     """
 
-    def __init__(self, n_in, n_out, kernels, layers):
+    def __init__(self, n_in, n_out, kernels, n_blocks):
         super().__init__()
         n_hidden = n_out // 4
         widths = [n_in, n_hidden, n_hidden, n_hidden, n_out]
@@ -105,7 +106,7 @@ class ResidualBlock(nn.Module):
             parts[f"relu_{i}"] = nn.ReLU()
             parts[f"conv_{i}"] = conv(widths[i - 1], widths[i], kernel)
         self.res_path = nn.Sequential(parts)
-        self.post_gain = 1 / layers**2
+        self.post_gain = 1 / n_blocks**2
 
     def forward(self, x):
         return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
@@ -113,11 +114,12 @@ class ResidualBlock(nn.Module):
 
 def residual_groups(widths, kernels, blocks, resize):
     """The groups between a network's first and last convolution, `resize` between two groups."""
-    groups, layers = OrderedDict(), (len(widths) - 1) * blocks
+    groups, n_blocks = OrderedDict(), (len(widths) - 1) * blocks
     for g, (n_in, n_out) in enumerate(zip(widths, widths[1:]), start=1):
         parts = OrderedDict()
         for b in range(1, blocks + 1):
-            parts[f"block_{b}"] = ResidualBlock(n_in if b == 1 else n_out, n_out, kernels, layers)
+            parts[f"block_{b}"] = ResidualBlock(n_in, n_out, kernels, n_blocks)
+            n_in = n_out
         if g < len(widths) - 1:
             parts["resize"] = resize
         groups[f"group_{g}"] = nn.Sequential(parts)
@@ -144,8 +146,8 @@ class Encoder(nn.Module):
     def exact(self, x):
         """forward(x) with the residual stream, which decides the argmax, in float32 (ours).
 
-        Under autocast a branch uses the lower precision only if its scale 1/layers**2, which also
-        scales its rounding errors, is at most 1/64.
+        Under autocast a branch uses the lower precision only if its scale 1/n_blocks**2, which also
+        scales its rounding errors, is at most 1/64, as with DALL-E's 8 blocks.
         """
         kind, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
         low = torch.is_autocast_enabled(kind) and self.blocks.group_1.block_1.post_gain <= 1 / 64
@@ -246,7 +248,7 @@ class DVAE(nn.Module):
         return unmap_pixels(torch.sigmoid(mu)).clamp(0, 1)
 
     def negative_log_likelihood(self, x, mu, ln_b):
-        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,). p_psi is a density."""
+        """-log p_psi(x|z) of images in [0, 1], in nats per image: (B,). A density can exceed 1."""
         if self.config.likelihood == "mse":  # a Gaussian around the predicted pixels
             squared = (x - unmap_pixels(torch.sigmoid(mu))).pow(2)
             variance = self.pixel_variance
@@ -342,10 +344,11 @@ class VQVAE(DVAE):
 
     @torch.no_grad()
     def revive_codes(self, parts, rank, world, seed):
-        """Move codes whose usage has decayed below 0.1 to random outputs of the global batch.
+        """Move codes whose usage is below 0.1 to random outputs of the global batch.
 
-        Ours, against VQ-VAE's index collapse. In the first call no code has been used, so it is the
-        initialisation from data, too. parts: this process's images in pieces that fit in memory.
+        It falls from 1 to that in 230 steps without use. Ours, against VQ-VAE's index collapse. In
+        the first call no code has been used, so it is the initialisation from data, too. parts:
+        this process's images in pieces that fit in memory.
         """
         z_e = torch.cat([self.encode(part) for part in parts]).flatten(0, 2)  # (n, code_dim)
         generator = torch.Generator().manual_seed(seed)
@@ -364,17 +367,17 @@ class VQVAE(DVAE):
 
 
 class StandardisedDVAE(DVAE):
-    """A DVAE whose logits are standardised: --normalise-logits.
+    """A DVAE whose logits are standardised (ours, not the paper's): --normalise-logits.
 
-    At small scale a few codes soon win everywhere, because the codes' mean logits differ by more
-    than the logits of different positions. Standardising each code's logit over the batch (of all
-    processes) removes that mean. One learned scale then decides how sharp q is.
+    At small scale a few codes soon win everywhere, because mean logits differ more between codes
+    than one code's logits do between positions. Standardising each code's logit over the batch (of
+    all processes) removes that mean. One learned scale then decides how sharp q is.
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.logit_norm = processes.GlobalBatchNorm(config.vocab_size)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(3.0)))  # std 3 at the start
 
     def encode(self, x, exact=False):
         """Standardised logits of q_phi(z|x): as DVAE.encode."""

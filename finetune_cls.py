@@ -69,7 +69,7 @@ class BeitForClassification(Beit):
         super().__init__(config)
         self.layer = layer
         self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.head = nn.Linear(config.dim, classes)  # W_c
+        self.head = nn.Linear(config.dim, classes)  # W_c, and a bias (as released)
         init_weight(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.head.weight.data.mul_(0.001)
@@ -77,7 +77,7 @@ class BeitForClassification(Beit):
     def forward(self, x, u=None):
         """Logits, before section 2.6's softmax: (B, 3, H, W) -> (B, C). u: see Beit.forward."""
         H = super().forward(x, u=u) if self.layer is None else self.features(x, self.layer)
-        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # avg({h_i^L}) W_c
+        return self.head(self.fc_norm(H[:, 1:].mean(dim=1)))  # LN(avg({h_i^L})) W_c + b
 
 
 @torch.no_grad()
@@ -114,10 +114,10 @@ def prepare(args):
     model = BeitForClassification(config, len(classes), args.layer)
     if init:  # from a classifier also the norm, and the linear layer if its classes are the same
         known = len(init["model"].get("head.weight", ()))
-        same = init.get("classes") in (classes, None) and known == len(classes)
-        keep = ("fc_norm.", "head.") if same else ("fc_norm.",)
-        of_layer = init["kind"] == KIND and init.get("layer") == args.layer
-        load_backbone(model, init["model"], keep if of_layer else ())
+        same_classes = init.get("classes") in (classes, None) and known == len(classes)
+        keep = ("fc_norm.", "head.") if same_classes else ("fc_norm.",)
+        same_layer = init["kind"] == KIND and init.get("layer") == args.layer
+        load_backbone(model, init["model"], keep if same_layer else ())
     if args.linear_probe:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))

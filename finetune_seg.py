@@ -1,10 +1,10 @@
 """Semantic segmentation (section 2.6): BEiT encodes, several deconvolution layers decode.
 
     python finetune_seg.py --init runs/beit/checkpoint.pt --out runs/seg
-    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2      # after classification
-    python finetune_seg.py --eval --init runs/seg/checkpoint.pt               # evaluate only
+    python finetune_seg.py --init runs/cls/checkpoint.pt --out runs/seg2  # intermediate fine-tuning
+    python finetune_seg.py --eval --init runs/seg/checkpoint.pt           # evaluate only
     torchrun --nproc_per_node=8 finetune_seg.py --recipe base --data ADE20K --workers 8 \\
-        --init runs/beit/checkpoint.pt --out runs/seg                         # one node of GPUs
+        --init runs/beit/checkpoint.pt --out runs/seg                     # one node of GPUs
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 finetune_seg.py ...
 
 --batch-size is the global batch: processes x accumulation passes x images per pass.
@@ -67,8 +67,8 @@ def upsample(n_in, n_out):
 class BeitForSegmentation(Beit):
     """Patch outputs h_i^L as a grid, log2(P) deconvolutions to full size, a linear classifier.
 
-    Progressive upsampling as in SETR-PUP, after a LayerNorm as in pre-training. Raises ValueError
-    if P is not a power of 2, or decoder_dim not a multiple of 8.
+    Progressive upsampling by 2 as in SETR-PUP, but by learned deconvolutions; before it a LayerNorm
+    as in pre-training. Raises ValueError if P is not a power of 2, or decoder_dim not one of 8.
     """
 
     def __init__(self, config, classes, decoder_dim):
@@ -138,7 +138,7 @@ def mean_iou(matrix):
 
 @torch.no_grad()
 def evaluate(model, held_out, args, normalise, process):
-    """miou, pixel_accuracy, iou of each class in percent, on masks resized as their images."""
+    """miou, pixel_accuracy, iou of each class in percent, on masks resized like their images."""
     model.eval()
     device = process.device
     matrix = torch.zeros(model.classes, model.classes, dtype=torch.int64, device=device)

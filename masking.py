@@ -82,8 +82,9 @@ def random_mask(rng, h, w, count):
 def most_masked(kind, grid, ratio, min_block):
     """An upper bound on the number of patches that a mask of this kind can have.
 
-    A printed block of area s = ab covers at most (a + 1)(b + 1) centres, a + b is at most sqrt(s)
-    times `stretch`, and the last block adds to at most ratio * N patches.
+    Before the last printed block at most ratio * N patches are masked. A block of area s = ab
+    covers at most (a + 1)(b + 1) = s + (a + b) + 1 centres, with a + b at most `stretch` sqrt(s).
+    s is at most what is left of ratio * N (`early`), or min_block if the range was reversed.
     """
     if kind != "printed":
         return mask_count(grid, grid, ratio)

@@ -52,7 +52,7 @@ RECIPES = {
     "min_crop": (1.0, 1.0, 0.2, 0.08, 0.08, "(0, 1]", "least share of area in a crop; 1: a square"),
     "flip": (True, True, True, True, True, "", "mirror half of the images"),
     "jitter": (0.0, 0.0, 0.4, 0.4, 0.4, "[0, 1]", "vary brightness, contrast, saturation by this"),
-    # masking and targets; table 4 has other values
+    # masking and targets, which table 4's ablations change
     "masking": (*("blockwise",) * 5, "blockwise|printed|random|none", "printed: as in Algorithm 1"),
     "mask_ratio": (0.4, 0.4, *(75 / 196,) * 3, "(0, 1)", "largest share; printed: least, use 0.4"),
     "min_block": (4, 4, 16, 16, 16, "[1, 1e6]", "smallest block (blockwise, printed), in patches"),
@@ -106,14 +106,14 @@ class BeitForMaskedImageModeling(Beit):
 # -------------------------------------------------------- what to predict, and the loss
 
 
-def recovery_targets(target, x, pixels, tokenizer, patch):
+def recovery_targets(target, x, token_view, tokenizer, patch):
     """The target at each position of the uncorrupted image: z of eq. 1, int64 (B, N).
 
-    `pixels` is the tokenizer's view. Table 4, "- visual tokens": the patches of x, as the model
+    token_view: what the tokenizer sees. Table 4, "- visual tokens": the patches of x, as the model
     sees them, float (B, N, 3P²); normalised-pixels: each by its own mean and deviation.
     """
     if target == "tokens":
-        return tokenizer.tokens(pixels).flatten(1)
+        return tokenizer.tokens(token_view).flatten(1)
     x_p = patches.to_patches(x, patch)  # (B, N, 3P²)
     return F.layer_norm(x_p, x_p.shape[-1:], eps=1e-6) if target == "normalised-pixels" else x_p
 
@@ -170,10 +170,10 @@ class MaskedViews(views.Crops):
 
 def two_views(batch, device, normalise):
     """A loaded batch -> (x standardised, the tokenizer's view in [0, 1], mask (B, N))."""
-    view, *token_view, mask = batch
-    (pixels,) = token_view or [view]  # without a tokenizer there is one view
+    view, *second, mask = batch
+    (token_view,) = second or [view]  # without a tokenizer there is one view
     x = batches.standardise(batches.to_float(view, device), normalise)
-    return x, batches.to_float(pixels, device), mask.to(device, non_blocking=True).flatten(1)
+    return x, batches.to_float(token_view, device), mask.to(device, non_blocking=True).flatten(1)
 
 
 # -------------------------------------------------------- evaluation and pictures
@@ -190,15 +190,15 @@ def evaluate(model, tokenizer, held_out, args, process):
     of the predicted tokens only. For pixels only mim_loss, a mean squared error.
     """
     model.eval()
-    device, grid = process.device, model.config.grid
+    device, grid, patch = process.device, model.config.grid, model.config.patch_size
     double = {"dtype": torch.float64, "device": device}
     counts = torch.zeros(tokenizer.config.vocab_size if tokenizer else 1, **double)
     sums = torch.zeros(5, **double)  # tokens, loss, images, right, log p
     for batch in batches.eval_batches(held_out, args, process):
-        x, pixels, mask = two_views(batch, device, args.normalise)
+        x, token_view, mask = two_views(batch, device, args.normalise)
         to_predict = positions_to_predict(args.recover, mask)
         with process.autocast():
-            target = recovery_targets(args.target, x, pixels, tokenizer, model.config.patch_size)
+            target = recovery_targets(args.target, x, token_view, tokenizer, patch)
             prediction = model(x, mask, to_predict.nonzero(as_tuple=True))
         sums[0] += to_predict.sum()
         sums[1] += recovery_loss(prediction, target[to_predict]).sum()
@@ -208,7 +208,7 @@ def evaluate(model, tokenizer, held_out, args, process):
             sums[3] += (prediction.argmax(-1) == target[to_predict]).sum()
             with process.autocast():  # eq. 3's first term; the second is -loss
                 parameters = tokenizer.decode_parameters(target.unflatten(1, (grid, grid)))
-            sums[4] -= tokenizer.negative_log_likelihood(pixels, *parameters).sum()
+            sums[4] -= tokenizer.negative_log_likelihood(token_view, *parameters).sum()
     model.train()
     counts = processes.all_sum(counts)
     tokens, loss, images, right, log_p = processes.all_sum(sums).tolist()
@@ -222,10 +222,10 @@ def evaluate(model, tokenizer, held_out, args, process):
     return result
 
 
-def recovered_image(args, prediction, mask, x, pixels, tokenizer, patch):
-    """`pixels` with predictions in the masked patches: (B, N, n_out) -> (B, 3, H, W)."""
+def recovered_image(args, prediction, mask, x, token_view, tokenizer, patch):
+    """`token_view` with predictions in the masked patches: (B, N, n_out) -> (B, 3, H, W)."""
     if tokenizer:
-        z = tokenizer.tokens(pixels)  # (B, h, w)
+        z = tokenizer.tokens(token_view)  # (B, h, w)
         z = torch.where(mask, prediction.argmax(-1), z.flatten(1)).view_as(z)
         guess = tokenizer.decode(z)
     else:
@@ -234,22 +234,22 @@ def recovered_image(args, prediction, mask, x, pixels, tokenizer, patch):
             deviation = truth.std(-1, correction=0, keepdim=True)
             prediction = prediction * deviation + truth.mean(-1, keepdim=True)
         guess = batches.unstandardise(patches.to_image(prediction, patch), args.normalise)
-    return torch.where(patches.pixel_mask(mask, pixels), guess, pixels)
+    return torch.where(patches.pixel_mask(mask, token_view), guess, token_view)
 
 
 @torch.no_grad()
 def draw_pictures(model, tokenizer, held_out, args, process, out):
     """predictions.png: original, masked input, predictions in the masked places."""
-    x, pixels, mask = two_views(held_out.pictures(12), process.device, args.normalise)
+    x, token_view, mask = two_views(held_out.pictures(12), process.device, args.normalise)
     model.eval()
     every = torch.ones_like(mask)
     prediction = model(x, mask, every.nonzero(as_tuple=True)).unflatten(0, mask.shape)
-    grey = torch.full_like(pixels, 0.5)
-    masked = torch.where(patches.pixel_mask(mask, pixels), grey, pixels)
+    grey = torch.full_like(token_view, 0.5)
+    masked = torch.where(patches.pixel_mask(mask, token_view), grey, token_view)
     shown = every if args.masking == "none" else mask
     patch = model.config.patch_size
-    recovered = recovered_image(args, prediction, shown, x, pixels, tokenizer, patch)
-    pictures.picture(out / "predictions.png", [pixels, masked, recovered])
+    recovered = recovered_image(args, prediction, shown, x, token_view, tokenizer, patch)
+    pictures.picture(out / "predictions.png", [token_view, masked, recovered])
     model.train()
 
 
@@ -284,7 +284,7 @@ def build(args, tokenizer, predicts):
     model = BeitForMaskedImageModeling(config, n_out)
     if init:
         keep = kept_parts(args, init, model, predicts)
-        if args.eval and len(keep) < 2:
+        if args.eval and keep != ["mask_token", "lm_head."]:
             lacks = "lacks e_[M], or a head for this target or this tokenizer"
             raise ValueError(f"--eval: {args.init} {lacks}")
         load_backbone(model, init["model"], keep)
@@ -300,10 +300,16 @@ def kept_parts(args, init, model, predicts):
 
     Published models predict the tokens of DALL-E's tokenizer. Returns prefixes of parameter names.
     """
-    state, ours = init["model"], "arguments" in init
-    same = init.get("predicts") == predicts if ours else str(args.tokenizer).startswith("dalle:")
-    same = same and state.get("lm_head.weight", torch.empty(0)).shape == model.lm_head.weight.shape
-    return ["mask_token"] * ("mask_token" in state) + ["lm_head."] * same
+    state = init["model"]
+    keep = ["mask_token"] if "mask_token" in state else []
+    if "arguments" in init:  # a checkpoint of this script
+        same = init.get("predicts") == predicts
+    else:
+        same = str(args.tokenizer).startswith("dalle:")
+    head = state.get("lm_head.weight", torch.empty(0))
+    if same and head.shape == model.lm_head.weight.shape:
+        keep.append("lm_head.")
+    return keep
 
 
 def dataset(args, split, grid, train):
@@ -348,16 +354,16 @@ def main(argv=None):
     for step, batch in run.steps(loader, measure, draw, advice.masked_tokens):
         lr = schedules.warmup_cosine(step, steps, warmup, args.lr, args.min_lr)
         schedules.set_lr(optimizer, lr)
-        x, pixels, mask = two_views(batch, process.device, args.normalise)
+        x, token_view, mask = two_views(batch, process.device, args.normalise)
         to_predict = positions_to_predict(args.recover, mask)  # (B, N): i in M
         u = noise.depth_noise(model.config, len(x), args.seed, step, process)
         # Masks differ in size: eq. 1's sum over all masked tokens of the global batch is divided
         # by their count, and multiplied by `world` because DDP averages over processes.
         count = run.all_sum(to_predict.sum()).clamp_min(1) / process.world
         total = 0.0
-        for x, pixels, mask, to_predict, u in run.passes(x, pixels, mask, to_predict, u):
+        for x, token_view, mask, to_predict, u in run.passes(x, token_view, mask, to_predict, u):
             with process.autocast():
-                z = recovery_targets(args.target, x, pixels, tokenizer, patch)  # (B, N), or pixels
+                z = recovery_targets(args.target, x, token_view, tokenizer, patch)  # (B, N)
                 positions = fixed_count(to_predict, len(x) * train_set.most_positions)
                 logits = run.model(x, mask, positions, u)  # (n, |V|): M, and others to ignore
             loss = (loss_of(logits, z[positions]) * to_predict[positions]).sum() / count  # eq. 1

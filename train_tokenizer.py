@@ -102,7 +102,7 @@ def dataset(args, split, train):
 
 
 def revive_codes(model, x, step, args, process):
-    """VQ-VAE: every 50 steps move unused codes to encoder outputs of this batch."""
+    """VQ-VAE: every 50 steps move codes no longer in use to encoder outputs of this batch."""
     if args.quantizer == "vq" and step % 50 == 0:
         seed = noise.seed_for(args.seed, step)
         model.revive_codes(x.chunk(args.accumulate), process.rank, process.world, seed)
@@ -149,7 +149,8 @@ def main(argv=None):
     extra = {"average": evaluated} if args.ema else {}
     run = Run(args, KIND, process, model, optimizer, args.steps, extra, train_set, held_out)
     if args.ema:
-        average.n_averaged.fill_(len(optimizer.state))  # 0 before the first update
+        # At 0 an update copies the weights. A resumed run, whose optimizer has a state, averages.
+        average.n_averaged.fill_(len(optimizer.state))
     run.clock.watch(run.model, optimizer)
     scaler, device = process.scaler, process.device
     measure = functools.partial(evaluate, evaluated, held_out, args, process)

@@ -74,7 +74,7 @@ def extract(model, source, args, normalise, process, features):
         features[done : done + len(x)] = means.cpu().numpy()
         done += len(x)
         if sys.stdout.isatty():
-            print(f"\r\033[K{source.name}: {done}/{len(features)} images", end="", flush=True)
+            log.update(f"{source.name}: {done}/{len(features)} images")
 
 
 def load_model(path, normalise):

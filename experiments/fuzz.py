@@ -162,7 +162,7 @@ class Forks:
     def run_fresh(self, program, flags, case):
         """The same in an interpreter of its own, without limits unless the case needs one."""
         command = [sys.executable, *self.command(program, flags)[1:]]
-        environment = self.environment | {"PYTHONPATH": str(HERE)} | case.environment
+        environment = self.environment | {"PYTHONPATH": str(HERE)}
         if case.environment or case.file_size:
             return self.run(program, flags, case)
         try:

@@ -2,7 +2,7 @@
 
     python -P experiments/fuzz_server.py CODE       # requests on stdin, answers on stdout
 
-A request is a line of JSON: program ("pretrain.py", or "-m images.convert"), flags, stdout and
+A request is a line of JSON: program (a module, "pretrain" or "images.convert"), flags, stdout and
 stderr (paths), environment (to add), seconds, memory and file_size (limits, or null). The answer:
 status (negative: the signal that ended it; null: it did not end in time). Imports nothing of this
 repository, because CODE may be another version of it. Started and used by experiments.fuzz.

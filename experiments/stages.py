@@ -280,8 +280,7 @@ class Progress:
             with self.lock:
                 if self.ended.is_set():  # while it waited for the lock
                     return
-                line = self.line(shutil.get_terminal_size().columns - 1)
-                print(f"\r\033[K{line}", end="", flush=True)
+                log.update(self.line(shutil.get_terminal_size().columns - 1))
 
     def open(self):
         """Say how much there is to do, and start to update the line if there is a terminal."""
@@ -295,7 +294,7 @@ class Progress:
         """Stop updating the line and clear it."""
         with self.lock:
             if self.terminal and not self.ended.is_set():
-                print("\r\033[K", end="", flush=True)
+                log.update("")
             self.ended.set()
 
 

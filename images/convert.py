@@ -62,8 +62,7 @@ class Squares(Dataset):
         pixels = photo.pixels(scale)
         if scale == 1:
             return views.centre_square(pixels, self.size)
-        side = min(photo.size)
-        part = [pixels / scale for pixels in views.square_box(*photo.size, side)]
+        part = [pixels / scale for pixels in views.square_box(*photo.size)]
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return photos.resize_part(images, part, (self.size, self.size), "bicubic")
 

@@ -74,10 +74,11 @@ def listed_images(folder):
 def open_split(root, split, names, make):
     """Files of one split of the images below `root`.
 
-    names: {split: the names that its folder may have}. make(pool): the Files of all images below
-    the folder `pool`, which is that of the split, of the training set, or, where no split has a
-    folder, `root`. Raises NoSplit if there is no such split, and ValueError for a folder beside the
-    splits' whose name other programs give to one of them: it would be left out without a word.
+    names: {split: the names that its folder may have}. make(pool, training): the Files of all
+    images below `pool`, the folder of the split, of the training set, or, where no split has one,
+    `root`; training: the folder of the training set, or `pool` where there is none. Raises NoSplit
+    if there is no such split, and ValueError for a folder beside the splits' whose name other
+    programs give to one of them: it would be left out without a word.
     """
     given = {}
     for part, name in ((part, name) for part in names for name in names[part]):
@@ -91,7 +92,7 @@ def open_split(root, split, names, make):
             text = "merge it into" if part in given else "rename it to"
             raise ValueError(f"{root / other}: {text} {part}, the name of a split")
     if split in given and (split != "train" or "val" in given):
-        return make(given[split])
+        return make(given[split], given.get("train", given[split]))
     if split == "test":
         raise sources.NoSplit(f"{root}: it has no split 'test': make a folder {root / 'test'}")
     if given and "train" not in given:
@@ -101,7 +102,7 @@ def open_split(root, split, names, make):
             f"{root / names['train'][0]}"
         )
     pool = given.get("train", root)
-    source = make(pool)
+    source = make(pool, pool)
     held_out = held_out_by_hash(source.paths, pool)
     say(
         f"{pool}: {held_out.sum()} of {len(source)} images are held out as val, one in {HELD_OUT} "
@@ -133,12 +134,6 @@ def held_out_by_hash(paths, pool):
     return hashes <= max(2**64 // HELD_OUT, int(hashes.min()))
 
 
-def surveyed_files(root, names, pool):
-    """The first files of the training set, or of `pool` where there is none: a tuple of paths."""
-    training = [root / name for name in names["train"] if (root / name).is_dir()]
-    return tuple(itertools.islice(image_files((training or [pool])[0]), SURVEYED))
-
-
 def say_survey(root, surveyed):
     """Say what is special about a set's first files. Returns the bits that 16-bit images use."""
     depth, text = photos.survey(surveyed)
@@ -156,9 +151,9 @@ def folder_source(root, split):
     If all lie in first-level subfolders, these are their classes.
     """
 
-    def make(pool):
+    def make(pool, training):
         paths, labels, classes = labelled_files(pool, explicit=pool != root)
-        depth = say_survey(root, surveyed_files(root, IMAGE_SPLITS, pool))
+        depth = say_survey(root, tuple(itertools.islice(image_files(training), SURVEYED)))
         return sources.Files(str(pool), paths, labels, classes=classes, depth=depth)
 
     return open_split(root, split, IMAGE_SPLITS, make)
@@ -223,14 +218,14 @@ def masked_source(root, split):
     def mask_of(image):
         return root / "annotations" / image.relative_to(images).with_suffix(".png")
 
-    def make(pool):
+    def make(pool, training):
         """The Files of all images below `pool`: see open_split."""
         paths = listed_images(pool)
         masks = [mask_of(path) for path in paths]
         for mask in masks:
             if not mask.is_file():
                 raise ValueError(f"{mask} is missing: every image needs a mask of its name, a PNG")
-        surveyed = surveyed_files(images, MASK_SPLITS, pool)
+        surveyed = tuple(itertools.islice(image_files(training), SURVEYED))
         checked = tuple(map(mask_of, surveyed))
         return sources.Files(
             str(pool),

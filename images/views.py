@@ -45,10 +45,7 @@ def centre_view(images, size, kernel, share=1.0, reduced=None):
     is squashed. share: 224/256 below 384 pixels, as released. reduced: (height, width, scale), the
     whole image's size and by how much `images` are reduced, see photos.Photo.
     """
-    height, width = images.shape[-2:]
-    scale = 1
-    if reduced:
-        height, width, scale = reduced
+    height, width, scale = reduced or (*images.shape[-2:], 1)
     short = int(size / share)
     h, w = (int(short * side / min(height, width)) for side in (height, width))
     if scale > 1:
@@ -60,8 +57,9 @@ def centre_view(images, size, kernel, share=1.0, reduced=None):
     return images[..., top : top + size, left : left + size]
 
 
-def square_box(height, width, side):
-    """The centred square of `side` pixels: (top, left, side, side)."""
+def square_box(height, width):
+    """The largest centred square: (top, left, side, side)."""
+    side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
@@ -239,12 +237,12 @@ class Crops(Samples):
 def centre_square(images, size):
     """The largest centred square of uint8 images (B, H, W, 3), resized: (B, 3, size, size)."""
     height, width = images.shape[1:3]
-    boxes = [square_box(height, width, min(height, width))] * len(images)
+    boxes = [square_box(height, width)] * len(images)
     return crop_resize(torch.from_numpy(images).permute(0, 3, 1, 2), boxes, size, "bicubic")
 
 
 def centre_square_mask(mask, size):
     """The same square of a mask (H, W), resized by nearest neighbour: (size, size)."""
-    top, left, side, _ = square_box(*mask.shape, min(mask.shape))
+    top, left, side, _ = square_box(*mask.shape)
     centres = (np.arange(size) * 2 + 1) * side // (2 * size)
     return mask[top + centres][:, left + centres]

@@ -243,18 +243,7 @@ def flag_of(name):
 
 
 def check_values(parser, args):
-    """Exit with status 2 if a value is out of its range, wherever it comes from, or two disagree.
-
-    A value may come from a checkpoint, see remember_flags.
-    """
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if value is not None:
-            try:
-                parser._get_value(action, str(value))
-                parser._check_value(action, value)
-            except argparse.ArgumentError as error:
-                parser.error(str(error))
+    """Exit with status 2 if two values disagree."""
     for part, whole in (("warmup_steps", "steps"), ("warmup_epochs", "epochs")):
         if hasattr(args, part) and getattr(args, part) >= getattr(args, whole):
             less, more = (f"{flag_of(name)} {getattr(args, name)}" for name in (part, whole))

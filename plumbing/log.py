@@ -22,6 +22,12 @@ def note(text):
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
+def update(line):
+    """Replace a terminal's updating line, cut to its width: one that wraps could not be cleared."""
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r\033[K{line[:width]}", end="", flush=True)
+
+
 class Log:
     """Writes records to OUT/metrics.jsonl and progress to stdout, in the first process only.
 
@@ -62,9 +68,8 @@ class Log:
         minutes, seconds = divmod(round(left), 60)
         time_left = f"{minutes}m{seconds:02}s left"
         line = f"step {step}/{self.steps}  {time_left}  {rate:.0f} images/s  {numbers(values, 4)}"
-        if self.terminal:  # a line that wraps could not be cleared
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{line[:width]}", end="", flush=True)
+        if self.terminal:
+            update(line)
         else:
             print(line, flush=True)
 
