@@ -71,6 +71,13 @@ def test_masks_are_blocks():
     assert blocks > 1.7 * scattered
 
 
+def test_random_masks_are_uniform():
+    """How often each patch is masked in 2,000 random masks: 75 times in 196."""
+    masks = (masking.random_mask(random.Random(seed), 14, 14, 75) for seed in range(2000))
+    share = sum(mask.astype(float) for mask in masks) / 2000
+    assert np.abs(share - 75 / 196).max() < 5 * math.sqrt(0.25 / 2000)
+
+
 def test_printed_algorithm_stops_past_its_ratio():
     """The printed algorithm's last line: |M| > 0.4 N; and never all patches.
 
@@ -158,6 +165,16 @@ def test_grid_of_tokens(groups):
     side = 16 // 2 ** (groups - 1)
     assert z.shape == (2, side, side) and z.dtype == torch.int64
     assert model.decode(z).shape == (2, 3, 16, 16)
+
+
+def test_initialisation_is_dalles():
+    """Convolutions: standard deviation 1 / sqrt(inputs) and bias 0."""
+    model = tiny_dvae(hidden=64, vocab_size=512)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in layers:
+        std = layer.weight[0].numel() ** -0.5
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and not layer.bias.any()
+    assert len(layers) > 10
 
 
 def test_pixels_round_trip():
@@ -318,6 +335,19 @@ def test_vq_revives_dead_codes():
     assert model.usage.tolist() == [5.0] + [1.0] * 15
 
 
+def test_vq_revives_codes_every_50_steps_if_used_less_than_a_tenth():
+    """The steps in which the loop revives codes, and which of three codes counts as dead."""
+    revived, args = [], argparse.Namespace(quantizer="vq", accumulate=1, seed=0)
+    watched = argparse.Namespace(revive_codes=lambda *_: revived.append(step))
+    for step in range(101):
+        train_tokenizer.revive_codes(watched, torch.zeros(1), step, args, processes.Process())
+    assert revived == [0, 50, 100]
+    model = tiny_dvae(quantizer="vq")
+    model.usage[:3], before = torch.tensor([0.09, 0.11, 0]), model.codebook.detach().clone()
+    model.revive_codes([torch.rand(4, 3, 8, 8)], rank=0, world=1, seed=0)
+    assert (model.codebook != before).any(1)[:3].tolist() == [True, False, True]
+
+
 def test_vq_loss_by_hand():
     """Squared error, and |sg(z_e) - z_q|² + 0.25 |z_e - sg(z_q)|², means over all values.
 
@@ -382,6 +412,16 @@ def test_input_is_e_s_then_patches_plus_positions():
     assert torch.allclose(H[:, 0], model.cls_token[:, 0], atol=1e-6)
     assert torch.allclose(H[0, 6], model.mask_token[0, 0], atol=1e-6)
     assert torch.allclose(H[0, 7], model.patch_embed(x)[0, 6], atol=1e-6)
+
+
+def test_mlp_has_the_exact_gelu_and_norms_the_released_epsilon():
+    """GELU with the error function, not its tanh approximation; every norm's eps is 1e-6."""
+    model, x = tiny_mim(), torch.randn(5, 16)
+    mlp = model.blocks[0].mlp
+    h = mlp.fc1(x)
+    expected = mlp.fc2(h * (1 + torch.erf(h / math.sqrt(2))) / 2)
+    assert torch.allclose(mlp(x), expected, atol=1e-6)
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
 
 def test_attention_equals_scaled_dot_product_attention():
@@ -882,6 +922,19 @@ def test_logits_lie_where_their_patches_lie():
     assert 1 <= row <= 4 and 9 <= column <= 12
 
 
+def test_segmenter_is_a_norm_deconvolutions_and_a_linear_map():
+    """The segmenter's logits against its formula, for patches that one deconvolution covers."""
+    torch.manual_seed(0)
+    model, x = finetune_seg.BeitForSegmentation(tiny_config(), 5, 8), torch.randn(2, 3, 8, 8)
+    for parameter in model.parameters():  # else norms and biases start at 1 and 0
+        nn.init.normal_(parameter, std=0.3)
+    h = beit.Beit.forward(model, x)[:, 1:]
+    h = F.layer_norm(h, [16], model.norm.weight, model.norm.bias, 1e-6)
+    h = h.transpose(1, 2).view(2, 16, 4, 4)  # (B, D, H/P, W/P)
+    (deconvolution, norm, _), classifier = model.decoder
+    assert torch.allclose(model(x), classifier(F.gelu(norm(deconvolution(h)))), atol=1e-5)
+
+
 def test_segmentation_does_not_depend_on_the_batch():
     """Logits of an image in a training batch of three against those of the image alone."""
     torch.manual_seed(0)
@@ -916,16 +969,20 @@ def test_sliding_window():
 
 
 def test_segmenters_evaluation_takes_the_largest_logit(monkeypatch):
-    """A model whose logits are one-hot in the image's grey level, on masks of these levels."""
+    """A model whose logits are one-hot in the image's grey level, on masks of these levels.
+
+    A fourth class is nowhere: it has no IoU.
+    """
     masks = torch.randint(3, (2, 8, 8), dtype=torch.uint8)
     batch = masks[:, None].expand(2, 3, 8, 8), masks
     monkeypatch.setattr(batches, "eval_batches", lambda *_: [batch])
     model = nn.Module()
-    model.config, model.classes = tiny_config(), 3
-    model.forward = lambda x: F.one_hot((127.5 * (x[:, 0] + 1)).round().long(), 3).movedim(3, 1)
-    held_out = argparse.Namespace(source=argparse.Namespace(mask_classes=["a", "b", "c"]))
+    model.config, model.classes = tiny_config(), 4
+    model.forward = lambda x: F.one_hot((127.5 * (x[:, 0] + 1)).round().long(), 4).movedim(3, 1)
+    held_out = argparse.Namespace(source=argparse.Namespace(mask_classes=["a", "b", "c", "d"]))
     found = finetune_seg.evaluate(model, held_out, None, "half", processes.Process())
     assert found["miou"] == found["pixel_accuracy"] == 100
+    assert found["iou"] == {"a": 100, "b": 100, "c": 100}
 
 
 def test_mean_iou_by_hand():

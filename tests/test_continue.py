@@ -57,6 +57,31 @@ def test_another_tokenizer_gets_a_new_head(arrays, made, tmp_path, capsys):
     assert changed == {"lm_head.weight"} or changed == {"lm_head.weight", "lm_head.bias"}
 
 
+@pytest.mark.parametrize(
+    "stage, head, kept",
+    [("cls", "head.weight", "fc_norm.weight"), ("seg", "decoder.2.weight", "norm.weight")],
+)
+def test_other_classes_get_a_new_head(stage, head, kept, arrays, made, tmp_path):
+    """As many classes, with other names: the head would name the wrong ones, the norm is kept."""
+    state = torch.load(made / stage / "checkpoint.pt", weights_only=True)
+    state["classes"] = [f"other {name}" for name in state["classes"]]
+    torch.save(state, tmp_path / "other.pt")
+    flags = [*script_flags(stage, arrays, made), "--init", str(tmp_path / "other.pt"), "--lr", "0"]
+    flags += ["--min-lr", "0"] if stage == "cls" else []
+    MODULES[stage].main([*flags, "--out", str(tmp_path / "new")])
+    new, old = weights(tmp_path / "new"), state["model"]
+    assert not torch.equal(new[head], old[head]) and torch.equal(new[kept], old[kept])
+
+
+def test_intermediate_fine_tuning_starts_from_the_classifiers_backbone(arrays, made, tmp_path):
+    """A segmenter with a classifier as --init and learning rate 0: all but its head is there."""
+    flags = [*script_flags("seg", arrays, made), "--init", checkpoint(made, "cls"), "--lr", "0"]
+    finetune_seg.main([*flags, "--out", str(tmp_path / "seg")])
+    old, new = weights(made / "cls"), weights(tmp_path / "seg")
+    kept = [name for name in old if not name.startswith(("fc_norm.", "head."))]
+    assert kept and all(torch.equal(old[name], new[name]) for name in kept)
+
+
 def test_pixel_mean_and_std_are_those_of_the_weights(arrays, made, tmp_path, capsys):
     """--init and --eval keep imagenet's although the recipe demo has half, unless told.
 

@@ -106,7 +106,7 @@ def test_losses_and_learning_rates_are_those_of_their_formulas(
 
 @pytest.mark.parametrize("stage", ["beit", "cls", "seg"])
 def test_clip_decay_and_betas_reach_their_optimiser(stage, arrays, made, tmp_path, monkeypatch):
-    """--clip as clip_grad_norm_'s limit, --beta2 and --weight-decay as AdamW's."""
+    """--clip as clip_grad_norm_'s limit, with 0 none; --beta2 and --weight-decay as AdamW's."""
     limits, made_with, clip, adamw = [], [], nn.utils.clip_grad_norm_, torch.optim.AdamW
 
     def watched_clip(parameters, limit):
@@ -119,10 +119,58 @@ def test_clip_decay_and_betas_reach_their_optimiser(stage, arrays, made, tmp_pat
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched_clip)
     monkeypatch.setattr(torch.optim, "AdamW", watched_adamw)
+    common = short_runs.script_flags(stage, arrays, made)
     flags = ["--clip", "0.5", "--weight-decay", "0.1", "--beta2", "0.9"]
-    flags += ["--out", str(tmp_path / "run")]
-    short_runs.MODULES[stage].main([*short_runs.script_flags(stage, arrays, made), *flags])
+    short_runs.MODULES[stage].main([*common, *flags, "--out", str(tmp_path / "run")])
     assert limits == [0.5] * 4 and made_with == [({0.0, 0.1}, (0.9, 0.9))]
+    short_runs.MODULES[stage].main([*common, "--clip", "0", "--out", str(tmp_path / "free")])
+    assert limits[4:] == [math.inf] * 4
+
+
+def test_weight_decay_reaches_the_tokenizers_adamw(arrays, made, tmp_path, monkeypatch):
+    """With --weight-decay the tokenizer's optimiser is AdamW, with that decay."""
+    made_with, adamw = [], torch.optim.AdamW
+
+    def watched_adamw(parameters, **settings):
+        made_with.append(settings["weight_decay"])
+        return adamw(parameters, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched_adamw)
+    flags = ["--weight-decay", "0.3", "--out", str(tmp_path / "run")]
+    train_tokenizer.main([*short_runs.script_flags("tokenizer", arrays, made), *flags])
+    assert made_with == [0.3]
+
+
+@pytest.mark.parametrize(
+    "stage, flags, expected",
+    [
+        ("seg", "--decay-from-start --lr 0.01", {"lr": [0.01, 0.0075, 0.005, 0.0025]}),
+        ("beit", "--lr 0.01 --min-lr 0", {"lr": [0.01, 0.01, 0.0075, 0.0025]}),
+        (
+            "tokenizer",
+            "--tau 0.2 --beta 0.3 --beta-steps 2",
+            {"tau": [1, 0.6, 0.2, 0.2], "beta": [0, 0.15, 0.3, 0.3]},
+        ),
+    ],
+    ids=["seg", "beit", "tokenizer"],
+)
+def test_schedules_are_those_of_the_flags(stage, flags, expected, arrays, made, tmp_path):
+    """What the log says of each of four steps, one of them of warm-up, or two of annealing."""
+    flags = [*short_runs.script_flags(stage, arrays, made), *flags.split()]
+    short_runs.MODULES[stage].main([*flags, "--out", str(tmp_path / "run")])
+    for name, values in expected.items():
+        assert logged(tmp_path / "run", name) == pytest.approx(values)
+
+
+@pytest.mark.parametrize("stage", ["beit", "cls", "seg"])
+def test_drop_path_and_positions_reach_the_model(stage, arrays, made, tmp_path):
+    """The configuration in the checkpoint against the flags; fine-tuning keeps the positions."""
+    flags = [*short_runs.script_flags(stage, arrays, made), "--drop-path", "0.3"]
+    flags += ["--positions", "shared"] if stage == "beit" else []
+    short_runs.MODULES[stage].main([*flags, "--out", str(tmp_path / "run")])
+    config = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]
+    assert config["drop_path"] == 0.3
+    assert config["positions"] == ("shared" if stage == "beit" else "absolute")
 
 
 # -------------------------------------------------------- resuming and processes
@@ -196,6 +244,11 @@ def test_tokenizers_statistics_are_of_all_processes(more, arrays, tmp_path):
     done = short_runs.torchrun("train_tokenizer.py", *flags, "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert logged(tmp_path / "one") == pytest.approx(logged(tmp_path / "two"), rel=1e-4)
+    one, two = (short_runs.weights(tmp_path / name) for name in ("one", "two"))
+    statistics = [name for name in one if "running" in name]
+    assert bool(statistics) == (not more)
+    for name in statistics:
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5), name
 
 
 def test_workers_change_nothing(arrays, made, tmp_path):
@@ -219,7 +272,10 @@ def test_workers_change_nothing(arrays, made, tmp_path):
     ids=" ".join,
 )
 def test_ablations_of_table_4_run(flags, arrays, made, tmp_path):
-    """Each runs to a finite loss and a picture; pixels have no accuracy and need no tokenizer."""
+    """Each runs to a finite loss and a picture; pixels have no accuracy and need no tokenizer.
+
+    The loss of all positions is a mean over them: an untrained model is at ln 16, with 16 codes.
+    """
     common = short_runs.script_flags("beit", arrays, made)
     if "--target" in flags:
         for flag in ("--tokenizer", "--token-size"):
@@ -229,6 +285,9 @@ def test_ablations_of_table_4_run(flags, arrays, made, tmp_path):
     final = log.read_metrics(tmp_path / "run")[-1]
     assert math.isfinite(final["mim_loss"])
     assert ("mim_accuracy" in final) == ("--target" not in flags)
+    if "--recover" in flags:
+        assert logged(tmp_path / "run")[0] == pytest.approx(math.log(16), rel=0.05)
+        assert final["mim_loss"] == pytest.approx(-final["stage2_nats"] / 16)
     assert (tmp_path / "run" / "predictions.png").stat().st_size > 100
 
 

@@ -115,6 +115,18 @@ def test_first_lines_of_the_tokenizer_count_its_tokens(arrays, tmp_path, capsys)
     assert "training on" not in printed and "tokens" not in printed
 
 
+def test_a_signal_saves_and_stops_after_the_step(tmp_path, monkeypatch):
+    """In the third of six steps: its checkpoint is written, and --resume goes on there."""
+    monkeypatch.setattr(signals, "received", [])
+    run = make_run(tmp_path)
+    with pytest.raises(signals.Stopped, match="after step 3 of 6: continue with --resume"):
+        for step, _ in run.steps(Loader(Pictures(), 6), dict):
+            run.report(torch.tensor(1.0))
+            signals.received += [15] if step == 2 else []
+    signals.received.clear()
+    assert make_run(tmp_path, resume=True).first == 3
+
+
 def test_finished_run_says_how_to_train_further(tmp_path, capsys):
     """Resuming a run that has finished: one line with --init, then the numbers again."""
     train(make_run(tmp_path))
