@@ -234,6 +234,56 @@ def test_reproduce_continues_where_it_was_stopped(arrays, tmp_path):
         runner.stage(*call, "--quantizer", "none")
 
 
+def test_learning_rate_is_the_best_on_validation_images():
+    """The largest top-1 of three; the runs of the search have their own seed, and no test split."""
+    calls = {}
+
+    def run(found):
+        calls.update(found)
+        return {lr: {"top1": -abs(lr - 2)} for lr in found}
+
+    runner, start = types.SimpleNamespace(stages=run), paper.Start(["random"], (1.0, 2.0, 3.0))
+    assert paper.choose_lr(runner, "c", "s.py", "top1", "BEiT", start, ()) == 2
+    assert list(calls) == [1, 2, 3]
+    assert all("test" not in call and call[-2:] == ("--seed", 100) for call in calls.values())
+
+
+def test_results_of_a_row_are_of_its_own_runs_on_test_images():
+    """Values and checkpoints by pre-training and fine-tuning seed, of a run that names both."""
+
+    def run(calls):
+        assert all(name == f"c-beit-{n}-{seed}" for (_, n, seed), (name, *_) in calls.items())
+        return {key: {"top1": key[1:], "checkpoint": call} for key, call in calls.items()}
+
+    runner = types.SimpleNamespace(settings={"seeds": 2}, stages=run)
+    starts = {"BEiT": paper.Start(["a", "b"], (0.1,))}
+    found = paper.fine_tune(runner, "c", "s.py", "top1", starts, ())["BEiT"]
+    assert found["values"] == [[(0, 0), (0, 1)], [(1, 0), (1, 1)]] and found["lr"] == 0.1
+    for init, calls in zip("ab", found["checkpoints"], strict=True):
+        for seed, call in enumerate(calls):
+            rest = ("s.py", "--init", init, "--lr", 0.1, "--seed", seed, "--eval-split", "test")
+            assert call[1:] == rest
+
+
+def test_stages_run_with_the_settings_of_their_row(tmp_path, monkeypatch):
+    """What a stage's name depends on, and the flags of table 4's rows, of budgets, of labels."""
+    runner = stages.Runner(tmp_path, "demo", paper.settings("demo"))
+    before = runner.digest("pretrain.py", [])
+    monkeypatch.setitem(pretrain.RECIPES, "lr", (1.0, *pretrain.RECIPES["lr"][1:]))
+    assert runner.digest("pretrain.py", []) != before  # the recipe counts, not only the flags
+    column = vars(costs.settings("pretraining", "demo"))
+    for row, (flags, *_) in paper.ABLATIONS.items():
+        changes = zip(flags[::2], flags[1::2])
+        assert all(column[flag.removeprefix("--")] != value for flag, value in changes), row
+    s = costs.settings("pretraining", "fashion")
+    assert paper.longer_flags("fashion", 2)[1::2] == [2 * s.epochs, 2 * s.warmup_epochs]
+    seen, runner = [], types.SimpleNamespace(settings=paper.settings("fashion"))
+    monkeypatch.setattr(paper, "fine_tune", lambda *given: seen.append(given[-1]))
+    for labels in (100, 10, 0):
+        paper.classify(runner, labels, {})
+    assert [flags[flags.index("--epochs") + 1] for flags in seen] == [10, 100, 1]
+
+
 def test_reproduce_is_resumed_only_with_its_own_recipe_and_data(arrays, tmp_path):
     """Another recipe, or other labels under the same path: refused by name; more seeds are not."""
     data = tmp_path / "set.npz"
@@ -523,7 +573,10 @@ def test_longest_stages_start_first(tmp_path, monkeypatch):
 
 
 def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
-    """Differences of means against twice the pooled deviation: 5 > 2 * 1.41, 1.8 < 2 * 1.04."""
+    """Differences of means against twice the pooled deviation: 5 > 2 * 1.41, 1.8 < 2 * 1.04.
+
+    A row with a single run has no deviation: undecided, however large the difference.
+    """
     claims = [("far", "t", 1, "a", "b"), ("near", "t", 1, "c", "b"), ("less", "t", 1, "b", "a")]
     monkeypatch.setattr(tables, "CLAIMS", claims)
     values = {"a": [[10.0, 12.0]], "b": [[7.0, 5.0]], "c": [[7.5], [8.1]]}
@@ -544,6 +597,8 @@ def test_verdicts_need_twice_the_pooled_deviation(monkeypatch):
     ]
     lists = [0.0, 0.0, 5.0, 3.0], [2.0, 4.0]  # variances 6 and 2, with weights 3 and 1
     assert tables.pooled_deviation(*lists) == pytest.approx(math.sqrt(5))
+    single = [["a", {"values": [[90.0]]}], ["b", {"values": [[1.0, 1.1]]}]]
+    assert tables.verdict({"title": "T", "rows": single}, 1, "a", "b")[0] == "undecided"
 
 
 def test_tables_side_by_side_keep_the_order_of_rows():

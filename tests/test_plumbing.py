@@ -18,6 +18,7 @@ from torch import nn
 import pretrain
 from experiments import short_runs
 from plumbing import (
+    advice,
     checkpoints,
     log,
     noise,
@@ -45,6 +46,24 @@ def test_schedules():
     assert tau == [1, 1 / 16, 1 / 16]
     assert [schedules.ramp(s, 5000, 6.6) for s in (0, 2500, 9000)] == [0, 3.3, 6.6]
     assert schedules.ramp(0, 0, 2.0) == schedules.cosine(0, 0, 1.0, 2.0) == 2.0
+    epochs = types.SimpleNamespace(epochs=4.4, warmup_epochs=0.3)
+    assert schedules.step_counts(epochs, 429) == (1888, 129)  # 1887.6, 128.7
+
+
+def test_advice_is_given_below_its_limits_only():
+    """A perplexity of 8 codes; a loss less than 0.02 below that of the tokens' shares."""
+    assert advice.codebook({"codebook_perplexity": 7.9})
+    assert not advice.codebook({"codebook_perplexity": 8.1})
+    assert advice.masked_tokens({"mim_loss": 2.0, "token_entropy": 2.01})
+    assert not advice.masked_tokens({"mim_loss": 1.9, "token_entropy": 2.0})
+
+
+def test_auto_precision_is_bf16_where_the_cpu_computes_in_it(monkeypatch):
+    """--amp auto on a CPU with and without fast bf16."""
+    for bf16 in (True, False):
+        monkeypatch.setattr(processes, "computes_in_bf16", lambda device: bf16)
+        with processes.precision("auto", torch.device("cpu"))[0]():
+            assert torch.is_autocast_enabled("cpu") == bf16
 
 
 def test_noise_is_a_function_of_the_place_in_the_global_batch():

@@ -1,5 +1,7 @@
 """What a batch holds: the order of samples, subsets, pixel ranges, crops, flips and scales."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -293,3 +295,21 @@ def test_images_of_a_batch_are_augmented_each_by_its_own_key():
     images, _ = samples[[(0, 0), (0, 1)]]
     assert not torch.equal(images[0], images[1])
     assert torch.equal(images[:1], samples[[(0, 0)]][0])
+
+
+def test_mixup_follows_alpha_and_takes_turns_with_cutmix():
+    """Shares near a half or near 0 and 1 as Beta(alpha, alpha) has them; each kind half the time.
+
+    Image n has the value n everywhere, so cutmix leaves whole numbers and mixup does not.
+    """
+
+    def shares(alpha):
+        x, draws = torch.rand(2, 3, 8, 8), map(random.Random, range(100))
+        mixed = (labelled.mix(x, torch.eye(2), alpha, 0, rng) for rng in draws)
+        return np.array([targets[0, 0].item() for _, targets in mixed])
+
+    assert np.abs(shares(1000) - 0.5).max() < 0.1
+    assert np.abs(shares(0.01) - 0.5).mean() > 0.45
+    x = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    mixed = (labelled.mix(x, torch.eye(2), 1, 1, random.Random(seed))[0] for seed in range(400))
+    assert 160 < sum(torch.equal(values, values.round()) for values in mixed) < 240
