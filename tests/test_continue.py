@@ -466,6 +466,7 @@ EDITS = {  # what the line names: (the script, the place in its checkpoint, the 
     "config: vocab_size": ("tokenizer", ["config", "vocab_size"], 10**9),
     "config: hidden": ("tokenizer", ["config", "hidden"], 10**6),
     "'a' is not a tensor": ("cls", ["model", "a"], DEEP),
+    "head.bias is not a dense": ("cls", ["model", "head.bias"], torch.zeros(4).to_sparse()),
     "cls_token claims": ("cls", ["model", "cls_token"], torch.zeros(1).expand(1, 10**9, 128)),
     "head.bias is not finite": ("cls", ["model", "head.bias"], NAN[:4]),
     "head.bias has the type": ("cls", ["model", "head.bias"], torch.zeros(4, dtype=torch.int8)),

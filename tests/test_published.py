@@ -54,22 +54,38 @@ def test_golden_logits_of_dalle():
 # -------------------------------------------------------- published BEiT weights
 
 
-def pretraining_model(positions, depth=2):
-    """A small pre-training model whose heads are 64 wide, as published ones are."""
+def small_config(**changes):
+    """A BeitConfig of two blocks whose heads are 64 wide, as published ones are."""
+    sizes = dict(image_size=8, patch_size=2, dim=128, depth=2, heads=2, drop_path=0.0) | changes
+    return beit.BeitConfig(**sizes)
+
+
+def pretraining_model(positions, **changes):
+    """A small pre-training model; no two of its parameters are equal."""
     torch.manual_seed(0)
-    sizes = dict(image_size=8, patch_size=2, dim=128, depth=depth, heads=2, drop_path=0.0)
-    config = beit.BeitConfig(positions=positions, **sizes)
-    return pretrain.BeitForMaskedImageModeling(config, 11)
+    model = pretrain.BeitForMaskedImageModeling(small_config(positions=positions, **changes), 11)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
 
 
-@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
-def test_published_files_load_as_they_are(positions, tmp_path):
+@pytest.mark.parametrize(
+    "positions, changes",
+    [
+        ("absolute", {}),
+        ("relative", {}),
+        ("relative", {"heads": 4, "depth": 1}),
+        ("shared", {"mlp_ratio": 2.0}),
+    ],
+    ids=["absolute", "relative", "narrow heads", "shared"],
+)
+def test_published_files_load_as_they_are(positions, changes, tmp_path):
     """Configuration and weights read from each published format against the model's own.
 
     A bare state dict, one under `model` or `module`, each with relative_position_index, and
     transformers' names.
     """
-    model = pretraining_model(positions)
+    model = pretraining_model(positions, **changes)
     state = model.state_dict()
     bare = state | {"blocks.0.attn.relative_position_index": torch.zeros(2, dtype=torch.int64)}
     files = {"bare": bare, "model": {"model": bare}, "module": {"module": bare}}
@@ -82,21 +98,56 @@ def test_published_files_load_as_they_are(positions, tmp_path):
         assert all(torch.equal(found["model"][key], state[key]) for key in state)
 
 
+def of_both(theirs, ours, state):
+    """{their name of a weight and a bias: our tensor} of a module."""
+    return {f"{theirs}.{leaf}": state[f"{ours}.{leaf}"] for leaf in ("weight", "bias")}
+
+
+def assert_same(found, expected):
+    """Two state dicts have the same names and values."""
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_transformers_names_of_one_block():
-    """Exported names against those of transformers' files, written out for one block."""
-    model = pretraining_model("shared", depth=1)
-    names = set(published.to_transformers(model.state_dict()))
-    block = "beit.encoder.layer.0."
-    expected = {f"{block}lambda_1", f"{block}lambda_2"}
-    expected |= {f"beit.embeddings.{name}_token" for name in ("cls", "mask")}
-    for name in "query.weight query.bias key.weight value.weight value.bias".split():
-        expected.add(f"{block}attention.attention.{name}")
-    modules = ["beit.embeddings.patch_embeddings.projection", "layernorm", "lm_head"]
-    for name in "attention.output.dense intermediate.dense output.dense".split():
-        modules.append(f"{block}{name}")
-    modules += [f"{block}layernorm_before", f"{block}layernorm_after"]
-    expected |= {f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias")}
-    assert names == expected | {"beit.encoder.relative_position_bias.relative_position_bias_table"}
+    """An exported state dict against transformers' names, written out for one block."""
+    state = pretraining_model("shared", depth=1).state_dict()
+    theirs, ours = "beit.encoder.layer.0.", "blocks.0."
+    attention, (query, key, value) = f"{theirs}attention.", state[f"{ours}attn.qkv.weight"].chunk(3)
+    expected = {f"beit.embeddings.{name}_token": state[f"{name}_token"] for name in ("cls", "mask")}
+    expected |= {f"{theirs}lambda_{i}": state[f"{ours}gamma_{i}"] for i in (1, 2)}
+    expected |= {f"{attention}attention.query.weight": query}
+    expected |= {f"{attention}attention.query.bias": state[f"{ours}attn.q_bias"]}
+    expected |= {f"{attention}attention.key.weight": key}
+    expected |= {f"{attention}attention.value.weight": value}
+    expected |= {f"{attention}attention.value.bias": state[f"{ours}attn.v_bias"]}
+    expected |= of_both(f"{attention}output.dense", f"{ours}attn.proj", state)
+    expected |= of_both(f"{theirs}layernorm_before", f"{ours}norm1", state)
+    expected |= of_both(f"{theirs}layernorm_after", f"{ours}norm2", state)
+    expected |= of_both(f"{theirs}intermediate.dense", f"{ours}mlp.fc1", state)
+    expected |= of_both(f"{theirs}output.dense", f"{ours}mlp.fc2", state)
+    expected |= of_both("beit.embeddings.patch_embeddings.projection", "patch_embed.proj", state)
+    expected |= of_both("layernorm", "norm", state) | of_both("lm_head", "lm_head", state)
+    table = "relative_position_bias.relative_position_bias_table"
+    expected |= {f"beit.encoder.{table}": state["rel_pos_bias.relative_position_bias_table"]}
+    assert_same(published.to_transformers(state), expected)
+
+
+def test_transformers_names_of_a_classifiers_head_and_of_positions():
+    """The names that a pre-training model with a shared table does not have, one kind at a time."""
+    model = finetune_cls.BeitForClassification(small_config(positions="absolute"), 3)
+    state = model.state_dict()
+    found = published.to_transformers(state)
+    found = {name: value for name, value in found.items() if ".layer." not in name}
+    expected = {"beit.embeddings.cls_token": state["cls_token"]}
+    expected |= {"beit.embeddings.position_embeddings": state["pos_embed"]}
+    expected |= of_both("beit.embeddings.patch_embeddings.projection", "patch_embed.proj", state)
+    expected |= of_both("beit.pooler.layernorm", "fc_norm", state)
+    assert_same(found, expected | of_both("classifier", "head", state))
+    state = pretraining_model("relative").state_dict()
+    found, table = published.to_transformers(state), "relative_position_bias_table"
+    place = "beit.encoder.layer.1.attention.attention.relative_position_bias"
+    assert torch.equal(found[f"{place}.{table}"], state[f"blocks.1.attn.{table}"])
 
 
 def test_weights_from_elsewhere_are_strict(tmp_path):
@@ -124,13 +175,27 @@ def test_weights_from_elsewhere_are_strict(tmp_path):
             beit.load_backbone(beit.Beit(beit.BeitConfig(**found["config"])), found["model"])
 
 
+@pytest.mark.parametrize("name, value", [("drop_path", 1.0), ("heads", 3)])
+def test_what_the_tensors_do_not_tell_is_in_its_range(name, value, made, tmp_path):
+    """Stochastic depth that drops every block; heads that do not divide the width."""
+    state = torch.load(made / "cls" / "checkpoint.pt", weights_only=True)
+    state["config"][name] = value
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="config: drop_path or heads are out of range"):
+        published.load_pretrained(tmp_path / "odd.pt", "classification")
+
+
 def test_an_export_says_what_it_does_not_hold(tmp_path, capsys):
-    """Two heads of width 32, which nobody can tell from E_pos, are named; one of 64 is not."""
-    for dim, lost in ((64, ", that it has 2 heads"), (128, "")):
-        config = beit.BeitConfig(8, 4, dim, 1, 2, positions="absolute", layer_scale=0.0)
+    """Two heads of width 32, which nobody can tell from E_pos, are named; those of 64 are not.
+
+    Relative tables have a column for each head.
+    """
+    told = ", that it has 2 heads"
+    for dim, positions, lost in ((64, "absolute", told), (128, "absolute", ""), (64, "shared", "")):
+        config = small_config(dim=dim, positions=positions, layer_scale=0.0)
         model = pretrain.BeitForMaskedImageModeling(config, 5)
         args = argparse.Namespace(seed=0)
-        out = tmp_path / str(dim)
+        out = tmp_path / f"{positions}-{dim}"
         out.mkdir()
         optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
         more = {"normalise": "half", "predicts": "pixels"}
@@ -154,7 +219,9 @@ def test_safetensors_is_optional(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="pip install safetensors"):
             weights.write(tmp_path / "model.safetensors", state)
     pytest.importorskip("safetensors")
-    weights.write(tmp_path / "model.safetensors", published.to_transformers(state))
+    transposed = state["lm_head.weight"].T.contiguous().T  # which the package itself refuses
+    exported = published.to_transformers(state | {"lm_head.weight": transposed})
+    weights.write(tmp_path / "model.safetensors", exported)
     found = published.load_pretrained(tmp_path / "model.safetensors", "pretraining")["model"]
     assert all(torch.equal(found[key], state[key]) for key in state)
 
@@ -189,6 +256,26 @@ def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
     torch.save(three, tmp_path / "three.pth")
     with pytest.raises(ValueError, match="was trained on 3 classes"):
         finetune_cls.main([*flags, "--eval", "--init", str(tmp_path / "three.pth")])
+
+
+def test_an_exported_segmenter_is_a_backbone(made, tmp_path, capsys):
+    """The file holds its decoder too, as the line says; what is read from it is the rest."""
+    saved = torch.load(made / "seg" / "checkpoint.pt", weights_only=True)["model"]
+    published.main([str(made / "seg" / "checkpoint.pt"), str(tmp_path / "seg.pth")])
+    assert "these scripts take only its backbone" in capsys.readouterr().out
+    assert_same(torch.load(tmp_path / "seg.pth", weights_only=True)["model"], saved)
+    found = published.load_pretrained(tmp_path / "seg.pth", "pretraining")["model"]
+    rest = {name: value for name, value in saved.items() if not name.startswith("decoder.")}
+    assert_same(found, rest)
+
+
+def test_a_probe_of_an_inner_layer_is_not_exported(made, tmp_path):
+    """No other program knows that its head takes the outputs of block 2."""
+    state = torch.load(made / "cls" / "checkpoint.pt", weights_only=True) | {"layer": 2}
+    torch.save(state, tmp_path / "probe.pt")
+    with pytest.raises(ValueError, match="only these scripts can classify layer 2's outputs"):
+        published.main([str(tmp_path / "probe.pt"), str(tmp_path / "new.pth")])
+    assert not (tmp_path / "new.pth").exists()
 
 
 def test_export_refuses_to_overwrite(made, tmp_path):
