@@ -233,8 +233,7 @@ def test_verdicts_in_the_results_are_those_of_their_tables():
     """The claims of docs/results/*.json against those made again from the tables beside them."""
     for path in (HERE / "docs" / "results").glob("*.json"):
         made = json.loads(path.read_text())["tables"]
-        found = tables.verdicts(made)["rows"]
-        assert all(row in made["claims"]["rows"] for row in found), path
+        assert tables.verdicts(made)["rows"] == made.get("claims", {"rows": []})["rows"], path
         if "budgets" in made:
             assert tables.budget_verdicts(made["budgets"]) == made["claims by budget"]
 
