@@ -96,6 +96,38 @@ def test_randaugment_operations_keep_the_range_and_do_something():
     assert torch.equal(*again) and torch.equal(image, before)
 
 
+def test_randaugment_draws_two_operations_and_their_strength(monkeypatch):
+    """Each of two draws is applied in half of 2,000 cases, in one of two signs, as strong as said.
+
+    At magnitude 10 half of the strengths would be above 1, and are 1.
+    """
+    applied = []
+
+    def watched(image, strength, sign, fill):
+        applied.append((strength, sign))
+        return image
+
+    monkeypatch.setattr(augment, "OPERATIONS", [watched])
+    for magnitude, expected in ((9, 0.9), (10, 0.98)):
+        applied.clear()
+        for seed in range(2000):
+            augment.randaugment(None, magnitude, random.Random(seed), (0, 0, 0))
+        strengths, signs = np.array(applied).T
+        assert 1800 < len(applied) < 2200 and abs(signs.mean()) < 0.1
+        assert strengths.mean() == pytest.approx(expected, abs=0.005)
+        assert 0.02 < strengths.std() < 0.06 and strengths.max() <= 1
+
+
+def test_erased_rectangles_are_noise_in_every_channel():
+    """Of a black image: the erased values spread over 0..255, each channel with its own."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    augment.erase(image, random.Random(0))
+    values = image[:, (image > 0).any(0)].float()  # (3, erased)
+    assert values.shape[1] > 20 and (values.std(1) > 60).all()
+    assert (values.mean(1) - 127.5).abs().max() < 40
+    assert len(values.unique(dim=0)) == 3
+
+
 def test_fill_is_the_rounded_mean():
     """The colour of empty places: timm's values for both names, and what a full shift leaves."""
     assert augment.mean_colour("half") == (128, 128, 128)
@@ -104,9 +136,10 @@ def test_fill_is_the_rounded_mean():
     args = argparse.Namespace(**flags, randaugment=9, erasing=0.0)
     images = np.zeros((60, 12, 12, 3), np.uint8)
     source = sources.Arrays("black", images, labels=np.arange(60) % 2)
-    dataset = labelled.LabelledViews(args, source, 2, True, "imagenet")
-    pixels, _ = dataset[[(0, i) for i in range(60)]]
-    assert [124, 116, 104] in pixels.movedim(1, -1).reshape(-1, 3).tolist()
+    for name in ("half", "imagenet"):
+        dataset = labelled.LabelledViews(args, source, 2, True, name)
+        pixels, _ = dataset[[(0, i) for i in range(60)]]
+        assert [*augment.mean_colour(name)] in pixels.movedim(1, -1).reshape(-1, 3).tolist()
 
 
 # -------------------------------------------------------- RandAugment against Pillow

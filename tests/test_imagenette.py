@@ -130,6 +130,16 @@ def test_class_names_give_the_same_splits(folder, tmp_path):
         imagenette.photographs(root, "test")
 
 
+def test_splits_of_photographs_by_their_names(folder):
+    """Those of train whose names are held out are val; each class in the order of its names."""
+    found = {split: imagenette.photographs(folder, split) for split in sources.SPLITS}
+    for split, files in found.items():
+        names = [(label, path.stem) for label, path in zip(files.labels, files.paths)]
+        assert names == sorted(names)
+        if split != "test":
+            assert {imagenette.held_out(path) for path in files.paths} == {split == "val"}
+
+
 def test_a_tenth_of_train_is_held_out():
     """10,000 names of the published form: 900 to 1,100 of them are val."""
     names = (f"n01440764_{i}.JPEG" for i in range(10_000))

@@ -162,6 +162,23 @@ def test_cifar_records(tmp_path, monkeypatch):
     assert source.labels.tolist() == [7] and source.images[0, 5, 9].tolist() == [5, 100, 200]
 
 
+def test_cifar_splits(tmp_path, monkeypatch):
+    """Five training files in order, of which the last 5,000 records are val."""
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for number in range(1, 6):
+            records = np.zeros((10_000, 3073), np.uint8)
+            records[:, 0], records[:, 1] = number, np.arange(10_000) // 100
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{number}.bin")
+            entry.size = records.nbytes
+            archive.addfile(entry, io.BytesIO(records.tobytes()))
+    monkeypatch.setattr(named, "CIFAR_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    train, val = (named.cifar10(split, str(tmp_path)) for split in ("train", "val"))
+    assert np.bincount(train.labels).tolist() == [0, *[10_000] * 4, 5_000]
+    assert np.bincount(val.labels).tolist() == [0] * 5 + [5_000]
+    assert train.images[-1, 0, 0, 0] == 49 and val.images[0, 0, 0, 0] == 50
+
+
 # -------------------------------------------------------- downloads
 
 

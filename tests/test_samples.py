@@ -258,6 +258,24 @@ def cls_arguments(*flags):
     return command_line.parse_recipe(parser, finetune_cls.RECIPES, common)
 
 
+def test_evaluation_takes_the_whole_square_from_384_pixels_on():
+    """A grey image with a white border, which the crop of 224/256 leaves out below 384."""
+    image = np.full((1, 64, 64, 3), 255, np.uint8)
+    image[:, 3:-3, 3:-3] = 100
+    source = sources.Arrays("bordered", image, np.zeros(1, np.int64), classes=["a", "b"])
+    for size, whole in ((380, False), (384, True)):
+        args = cls_arguments("--image-size", str(size), "--eval-crop", "0.875")
+        pixels, _ = labelled.LabelledViews(args, source, 2, False)[[(-1, 0)]]
+        assert pixels.shape == (1, 3, size, size) and (pixels[0, 0, 0, 0] > 200) == whole
+
+
+def test_a_label_beyond_the_classes_is_refused():
+    """Two classes have the labels 0 and 1."""
+    source = sources.Arrays("three", np.zeros((3, 24, 24, 3), np.uint8), np.arange(3))
+    with pytest.raises(ValueError, match="label 2 is out of range for 2 classes"):
+        labelled.LabelledViews(cls_arguments(), source, 2, True)
+
+
 def flat_source(value=120):
     """Two images of one grey level."""
     images = np.full((2, 24, 24, 3), value, np.uint8)
