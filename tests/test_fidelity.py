@@ -67,6 +67,8 @@ def test_training_without_random_crops_takes_a_random_square():
     boxes = [views.random_box(rng, 20, 33, 1.0) for _ in range(300)]
     assert {box[0] for box in boxes} == {0} and {box[2:] for box in boxes} == {(20, 20)}
     assert {box[1] for box in boxes} == set(range(14))
+    tall = {views.random_box(rng, 33, 20, 1.0) for _ in range(300)}
+    assert tall == {(top, 0, 20, 20) for top in range(14)}
     before = rng.getstate()
     assert views.random_box(rng, 20, 20, 1.0) == (0, 0, 20, 20) and rng.getstate() == before
 

@@ -443,6 +443,43 @@ def test_conversion_shows_progress_and_does_not_depend_on_workers(pillow, tmp_pa
     assert written[0] == written[1] and f"train: {len(source)} images" in capsys.readouterr().out
 
 
+def test_converted_photographs_are_their_squares(pillow, tmp_path):
+    """Pixels that are a function of their place, and a mask, against the centred square by hand."""
+    row, column = np.mgrid[:32, :48]
+    pixels = np.stack([5 * column, 7 * row, 0 * row], 2).astype(np.uint8)
+    mask = ((row // 3 + column // 5) % 3).astype(np.uint8)
+    for split in ("training", "validation"):
+        save_all(pillow, tmp_path / "set" / "images" / split, {"a.png": pixels})
+        save_all(pillow, tmp_path / "set" / "annotations" / split, {"a.png": mask})
+    (tmp_path / "set" / "classes.txt").write_text("background\nzebra\nape\n")
+    convert.main([str(tmp_path / "set"), str(tmp_path / "new"), "--size", "8"])
+    source = sets.open_source(str(tmp_path / "new"), "train")
+    assert source.mask_classes == ["background", "zebra", "ape"] and source.classes == []
+    middle = 4 * np.arange(8) + 1.5  # of four pixels
+    red, green = np.meshgrid(5 * (8 + middle), 7 * middle)
+    found = source.images[0].astype(float)
+    assert np.abs(found[1:-1, 1:-1, 0] - red[1:-1, 1:-1]).max() < 2
+    assert np.abs(found[1:-1, 1:-1, 1] - green[1:-1, 1:-1]).max() < 2 and not found[..., 2].any()
+    assert np.array_equal(source.masks[0], mask[2::4, 10:40:4])
+    save_all(pillow, tmp_path / "plain", {"a.png": pixels, "b.png": pixels})  # without masks
+    convert.main([str(tmp_path / "plain"), str(tmp_path / "arrays"), "--size", "8"])
+    plain = sets.open_source(str(tmp_path / "arrays"), "train")
+    assert np.array_equal(plain.images[0], source.images[0])
+
+
+def test_conversion_of_large_jpegs_is_that_of_their_pixels(large, tmp_path):
+    """Decoded at a smaller size against a PNG of the same pixels: at most 2 of 255 apart."""
+    made = {}
+    for suffix in ("jpg", "png"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        source = sources.Files(suffix, [large / f"a.{suffix}"])
+        convert.convert_split(source, 128, "train", folder, 0)
+        made[suffix] = np.load(folder / "train_images.npy").astype(float)
+    assert np.abs(made["jpg"] - made["png"]).mean() <= 2
+    assert np.abs(made["jpg"][:, :, ::-1] - made["png"]).mean() > 10
+
+
 def test_conversion_refuses_what_a_run_would(pillow, tmp_path):
     """A class that is missing in val, and a mask turned against its image; nothing is left."""
     pets, scenes, new = tmp_path / "pets", tmp_path / "scenes", tmp_path / "new"
@@ -519,6 +556,8 @@ def test_large_jpegs_are_reduced_with_the_same_crops(train, large, monkeypatch):
         difference = (reduced.float() - whole.float()).abs().mean((1, 2, 3))
         assert difference.max() <= 2, difference
         assert (reduced.flip(3).float() - whole.float()).abs().mean() > 10  # others are far
+    if not train:  # the largest view is 64 of a crop of 0.875 of the short side
+        assert crops.spare((-1, 0), 730, 900) == 730 / 73
 
 
 def test_small_views_of_small_jpegs_are_as_before(pillow, tmp_path):

@@ -279,12 +279,22 @@ def test_grey_becomes_three_equal_channels():
 
 @pytest.mark.parametrize("destination", ["set.npz", "folder"])
 def test_convert_once(arrays, tmp_path, destination):
-    """python -m images.convert: images, labels and masks of the result; a folder is mapped."""
+    """python -m images.convert: images, labels and masks of the result; a folder is mapped.
+
+    At their own size they are those of the data set, of every split.
+    """
     convert.main([arrays, str(tmp_path / destination), "--size", "8"])
     source = sets.open_source(str(tmp_path / destination), "train")
     assert source.images.shape == (32, 8, 8, 3)
     assert len(source.labels) == 32 and source.masks.shape == (32, 8, 8)
     assert isinstance(source.images, np.memmap) == (destination == "folder")
+    convert.main([arrays, str(tmp_path / f"whole {destination}"), "--size", "16"])
+    for split in ("train", "val"):
+        old = sets.open_source(arrays, split)
+        new = sets.open_source(str(tmp_path / f"whole {destination}"), split)
+        for name in ("images", "labels", "masks"):
+            assert np.array_equal(getattr(old, name), getattr(new, name))
+        assert [old.classes, old.mask_classes] == [new.classes, new.mask_classes]
 
 
 def test_class_names_that_are_not_utf8(tmp_path, capsys):
