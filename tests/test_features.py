@@ -13,7 +13,7 @@ import torch
 
 from beit import Beit, BeitConfig, load_backbone
 from experiments import features
-from images import batches, sets
+from images import batches, sets, sources
 from images.labelled import LabelledViews
 from plumbing import entries, published, signals, weights
 
@@ -193,6 +193,28 @@ def test_table_of_every_layer(checkpoint, arrays, tmp_path, capsys):
     model, _, normalise = features.load_model(checkpoint, "auto")
     parts = {split: sets.open_source(arrays, split) for split in ("train", "val")}
     assert features.knn_accuracies(model, normalise, parts) == pytest.approx(expected)
+
+
+def test_table_marks_the_first_best_layer_and_compares_with_trains_commonest_class(capsys):
+    """Two layers are best; class 1 is the commonest of train, and class 0 of the other images."""
+    features.print_table([40.0, 60.0, 60.0], np.array([0, 1, 1]), np.array([0, 0, 0, 1]), "val")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("best") for line in lines] == [False, False, True, False, False]
+    assert lines[-1] == "train's commonest class everywhere  25.0" and "3 nearest of 3" in lines[0]
+
+
+def test_splits_with_other_classes_are_refused(checkpoint, tmp_path, monkeypatch):
+    """The labels of val would mean other classes than those of train."""
+    images, labels = np.zeros((4, 16, 16, 3), np.uint8), np.arange(4) % 2
+    names = {"train": ["cat", "dog"], "val": ["dog", "cat"]}
+
+    def open_source(data, split, data_dir):
+        return sources.Arrays(split, images, labels, classes=names[split])
+
+    monkeypatch.setattr(sets, "open_source", open_source)
+    with pytest.raises(ValueError, match="class"):
+        run(checkpoint, "pets", tmp_path / "F.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_labels_there_are_features_only(checkpoint, arrays, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import types
 
 import numpy as np
 import pytest
@@ -102,6 +103,8 @@ def test_nothing_is_written_inside_the_data(tmp_path, monkeypatch):
             outputs.check_outside(out, "photos")
     for out, data in (("photos-2", "photos"), ("a", "photos"), ("photos/a", "shapes"), ("a", None)):
         outputs.check_outside(out, data)
+    with pytest.raises(ValueError, match="lies inside the data photos"):
+        outputs.check_new("photos/F.npz", "photos", (".npz",))
 
 
 def test_room_is_checked_before_the_work(tmp_path):
@@ -109,3 +112,16 @@ def test_room_is_checked_before_the_work(tmp_path):
     outputs.check_room(tmp_path / "a", 1)
     with pytest.raises(ValueError, match="needs 1,000,000,000 GB, and its disk has"):
         outputs.check_room(tmp_path / "a", 10**18)
+    sizes = {900: "900 bytes", 12_345_678: "12.3 MB", 123_456_789: "123 MB", 3.25e9: "3.25 GB"}
+    assert {size: outputs.in_words(size) for size in sizes} == sizes
+
+
+def test_weights_are_written_only_if_there_is_room(tmp_path, monkeypatch):
+    """Before anything is written, from the size of the tensors; a disk of 0 bytes says nothing."""
+    disk = types.SimpleNamespace(total=10**6, free=3999)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda folder: disk)
+    with pytest.raises(ValueError, match="needs 4,000 bytes, and its disk has 3,999 bytes"):
+        weights.write(tmp_path / "a.pt", STATE)
+    assert not list(tmp_path.iterdir())
+    disk.total = disk.free = 0
+    weights.write(tmp_path / "a.pt", STATE)

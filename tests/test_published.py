@@ -279,13 +279,15 @@ def test_a_probe_of_an_inner_layer_is_not_exported(made, tmp_path):
 
 
 def test_export_refuses_to_overwrite(made, tmp_path):
-    """An existing file, a missing folder, names without a file, a segmenter as transformers'."""
+    """An existing file, no folder, another suffix, names without a file, a segmenter."""
     (tmp_path / "there.pth").write_text("keep me")
     pretrained, segmenter = (str(made / stage / "checkpoint.pt") for stage in ("beit", "seg"))
     with pytest.raises(ValueError, match="exists already"):
         published.main([pretrained, str(tmp_path / "there.pth")])
     with pytest.raises(SystemExit, match="2"):
         published.main([pretrained, "--names", "transformers"])
+    with pytest.raises(ValueError, match="name a new file that ends in .pth or .pt or .safetens"):
+        published.main([pretrained, str(tmp_path / "new.bin")])
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         published.main([pretrained, str(tmp_path / "nowhere" / "new.pth")])
     with pytest.raises(ValueError, match="no model with this deconvolution head"):
