@@ -72,6 +72,20 @@ def test_features_are_mean_patch_outputs(stage, made, arrays, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found["features"][index]), torch.stack(inner))
 
 
+@pytest.mark.parametrize("positions", ["absolute", "relative", "shared"])
+def test_layer_means_have_the_relative_bias(positions):
+    """Every layer against Beit.features, with tables far from zero; of bf16 outputs in float32."""
+    torch.manual_seed(0)
+    model = Beit(BeitConfig(8, 2, 16, 3, 2, positions=positions, drop_path=0.0)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = [model.features(x, layer)[:, 1:].mean(1) for layer in (1, 2, 3)]
+        torch.testing.assert_close(features.layer_means(model, x), torch.stack(expected, 1))
+        assert features.layer_means(model.bfloat16(), x.bfloat16()).dtype == torch.float32
+
+
 def test_images_are_seen_as_classification_evaluates_them(checkpoint, tmp_path, monkeypatch):
     """Images of another size and shape: what the model is given against LabelledViews."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 30, 3), np.uint8)
