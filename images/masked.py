@@ -104,7 +104,7 @@ class MaskedImages(views.Samples):
 
     def __getitem__(self, keys):
         images, masks = (torch.cat(parts) for parts in zip(*map(self.prepare, keys)))
-        return [images.round().clamp(0, 255).byte(), masks[:, 0].byte()]
+        return [images.round().byte(), masks[:, 0].byte()]
 
     def pictures(self, count):
         """Centre crops (B, 3, S, S) and (B, S, S) of `count` samples spread evenly over the set.
