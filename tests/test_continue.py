@@ -74,7 +74,7 @@ def test_other_classes_get_a_new_head(stage, head, kept, arrays, made, tmp_path)
 
 
 def test_intermediate_fine_tuning_starts_from_the_classifiers_backbone(arrays, made, tmp_path):
-    """A segmenter with a classifier as --init and learning rate 0: all but its head is there."""
+    """A segmenter from a classifier, at learning rate 0: all but the classifier's norm and head."""
     flags = [*script_flags("seg", arrays, made), "--init", checkpoint(made, "cls"), "--lr", "0"]
     finetune_seg.main([*flags, "--out", str(tmp_path / "seg")])
     old, new = weights(made / "cls"), weights(tmp_path / "seg")

@@ -69,6 +69,12 @@ def pretraining_model(positions, **changes):
     return model
 
 
+def assert_same(found, expected):
+    """Two state dicts have the same names and values."""
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     "positions, changes",
     [
@@ -94,19 +100,12 @@ def test_published_files_load_as_they_are(positions, changes, tmp_path):
         torch.save(content, tmp_path / f"{name}.pth")
         found = published.load_pretrained(tmp_path / f"{name}.pth", "pretraining")
         assert beit.BeitConfig(**found["config"]) == model.config
-        assert found["model"].keys() == state.keys()
-        assert all(torch.equal(found["model"][key], state[key]) for key in state)
+        assert_same(found["model"], state)
 
 
 def of_both(theirs, ours, state):
     """{their name of a weight and a bias: our tensor} of a module."""
     return {f"{theirs}.{leaf}": state[f"{ours}.{leaf}"] for leaf in ("weight", "bias")}
-
-
-def assert_same(found, expected):
-    """Two state dicts have the same names and values."""
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_transformers_names_of_one_block():
@@ -223,7 +222,7 @@ def test_safetensors_is_optional(tmp_path, monkeypatch):
     exported = published.to_transformers(state | {"lm_head.weight": transposed})
     weights.write(tmp_path / "model.safetensors", exported)
     found = published.load_pretrained(tmp_path / "model.safetensors", "pretraining")["model"]
-    assert all(torch.equal(found[key], state[key]) for key in state)
+    assert_same(found, state)
 
 
 def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
@@ -245,7 +244,7 @@ def test_published_weights_are_fine_tuned_and_evaluated(arrays, tmp_path):
     for path in (ours, exported):
         finetune_cls.main([*flags, "--eval", "--init", str(path)])
         states.append(published.load_pretrained(path, "classification")["model"])
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert_same(states[1], states[0])
     init, out = ["--init", str(exported)], ["--out", str(tmp_path / "again")]
     finetune_cls.main([*flags, *short, *init, *out, "--lr", "0", "--min-lr", "0"])
     again = published.load_pretrained(tmp_path / "again" / "checkpoint.pt", "classification")
