@@ -141,7 +141,7 @@ def fixed_count(to_predict, count):
     torch.compile compiles once, and the allocator can reuse memory.
     """
     order = to_predict.logical_not().flatten().to(torch.uint8).argsort(stable=True)[:count]
-    return order // to_predict.shape[1], order % to_predict.shape[1]
+    return torch.unravel_index(order, to_predict.shape)
 
 
 class MaskedViews(views.Crops):
@@ -302,7 +302,7 @@ def kept_parts(args, init, model, predicts):
     """
     state = init["model"]
     keep = ["mask_token"] if "mask_token" in state else []
-    if "arguments" in init:  # a checkpoint of this script
+    if "arguments" in init:  # a checkpoint of these scripts
         same = init.get("predicts") == predicts
     else:
         same = str(args.tokenizer).startswith("dalle:")

@@ -140,7 +140,7 @@ class Loader(DataLoader):
                 raise
             raise ValueError(
                 "a loader process was killed, perhaps because the memory was full: "
-                "use fewer --workers"
+                "use fewer --workers, or in a conversion fewer cores (taskset -c 0 python ...)"
             ) from error
 
 

@@ -131,11 +131,12 @@ def open_splits(args):
     found = {"train": sets.open_source(args.source, "train", args.data_dir)}
     for split in ("val", "test"):
         try:
-            found[split] = source = sets.open_source(args.source, split, args.data_dir)
-            if source.labels is not None and found["train"].labels is not None:
-                sources.check_names(source.classes, found["train"].classes, source)
+            found[split] = sets.open_source(args.source, split, args.data_dir)
         except sources.NoSplit:
             print(f"{split}: not in {args.source}")
+    first, *others = [s for s in found.values() if s.labels is not None] or [None]
+    for source in others:
+        sources.check_names(source.classes, first.classes, source)
     return found
 
 
@@ -176,8 +177,8 @@ def main(argv=None):
             folder = result.with_name("arrays") if is_archive else result
             folder.mkdir()
             for name in ("classes", "mask_classes"):
-                names = np.array(getattr(found["train"], name), dtype=str)
-                np.save(folder / f"{name}.npy", names)
+                names = (getattr(source, name) for source in found.values())
+                np.save(folder / f"{name}.npy", np.array(next(filter(None, names), []), dtype=str))
             for split, source in found.items():
                 convert_split(source, args.size, split, folder)
             if is_archive:

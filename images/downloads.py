@@ -1,6 +1,7 @@
 """Fetch a published file once: check it, keep it, and resume a download that broke off."""
 
 import contextlib
+import hashlib
 import http.client
 import os
 import sys
@@ -61,6 +62,12 @@ def fetch(name, url, folders, check):
                 ) from error
             os.replace(partial, target)
     return target
+
+
+def check_md5(path, published):
+    """check_digest() of the file's MD5."""
+    with open(path, "rb") as file:
+        check_digest(path, hashlib.file_digest(file, "md5").hexdigest(), published)
 
 
 def check_digest(path, digest, published):

@@ -76,9 +76,9 @@ def open_split(root, split, names, make):
 
     names: {split: the names that its folder may have}. make(pool, training): the Files of all
     images below `pool`, the folder of the split, of the training set, or, where no split has one,
-    `root`; training: the folder of the training set, or `pool` where there is none. Raises NoSplit
-    if there is no such split, and ValueError for a folder beside the splits' whose name other
-    programs give to one of them: it would be left out without a word.
+    `root`; training: the folder of the training set, or `pool` where there is none. Says what lies
+    beside the splits' folders. Raises NoSplit if there is no such split, and ValueError for a
+    folder whose name other programs give to one.
     """
     given = {}
     for part, name in ((part, name) for part in names for name in names[part]):
@@ -86,11 +86,9 @@ def open_split(root, split, names, make):
             if part in given:
                 raise ValueError(f"{root / name}: keep this folder or {given[part].name}, not both")
             given[part] = root / name
-    check_split_names(root, {name for part in names for name in names[part]})
-    for other, part in OTHER_NAMES.items():
-        if given and other not in names[part] and (root / other).is_dir():
-            text = "merge it into" if part in given else "rename it to"
-            raise ValueError(f"{root / other}: {text} {part}, the name of a split")
+    check_split_names(root, {name for part in names for name in names[part]}, given)
+    if given:
+        say_left_out(root, given.values())
     if split in given and (split != "train" or "val" in given):
         return make(given[split], given.get("train", given[split]))
     if split == "test":
@@ -113,11 +111,33 @@ def open_split(root, split, names, make):
     return part
 
 
-def check_split_names(root, names):
-    """Raise ValueError for a folder such as Train, which most file systems do not find as train."""
-    for folder in root.iterdir():
-        if folder.name.lower() in names - {folder.name} and folder.is_dir():
-            raise ValueError(f"{folder}: rename it to {folder.name.lower()}, the name of a split")
+def check_split_names(root, names, given):
+    """Raise ValueError for a folder such as Train, which most file systems do not find as train.
+
+    Also for one of OTHER_NAMES beside another or beside those in `given`; alone it is a class.
+    """
+    found = {path: path.name.lower() for path in sorted(root.iterdir()) if path.is_dir()}
+    others = [path for path, name in found.items() if name in OTHER_NAMES.keys() - names]
+    for path, name in found.items():
+        if name in names - {path.name}:
+            raise ValueError(f"{path}: rename it to {name}, the name of a split")
+        if path in others and (given or len(others) > 1):
+            part = OTHER_NAMES[name]
+            text = "merge it into" if part in given else "rename it to"
+            raise ValueError(f"{path}: {text} {part}, the name of a split")
+
+
+def say_left_out(root, pools):
+    """Say which images below `root` are in none of the folders of its splits."""
+    left = [
+        path.name
+        for path in sorted(root.iterdir())
+        if path not in pools and not path.name.startswith(".")
+        and (path.is_dir() and any(image_files(path)) or path.suffix.lower() in SUFFIXES)
+    ]  # fmt: skip
+    if left:
+        used = ", ".join(path.name for path in pools)
+        say(f"{root}: only {used} are used: {log.first_of(left, 5)} beside them are left out")
 
 
 def held_out_by_hash(paths, pool):
@@ -174,7 +194,7 @@ def labelled_files(pool, explicit):
         outside = [path.name for path, (_, *rest) in zip(paths, parts) if not rest]
         where = "no subfolders"
         if names:
-            where = f"{len(outside)} of them in no subfolder ({', '.join(outside[:3])})"
+            where = f"{len(outside)} of them in no subfolder ({log.first_of(outside, 3)})"
         say(f"{pool}: {len(paths)} images without class labels: {where}")
         return paths, None, []
     if not explicit or pool.name in IMAGE_SPLITS["train"]:
@@ -185,7 +205,7 @@ def labelled_files(pool, explicit):
 
 def named(classes):
     """'12 of them: ant, bee, ...', for a message."""
-    return f"{len(classes)} of them: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}"
+    return f"{len(classes)} of them: {log.first_of(classes, 5)}"
 
 
 def check_class_folders(pool):
@@ -299,8 +319,8 @@ def check_values(root, masks, classes):
     if len(left) < 2:
         raise ValueError(
             f"{root}: no {file}, and by ADE20K's convention (0 is ignored) the masks' values "
-            f"{shown(values)} leave {len(left)} class: name the classes of 0, 1, ... in {file}, "
-            "one a line (for 0/1 masks: background, object)"
+            f"{log.first_of(sorted(values), 8)} leave {len(left)} class: name the classes of 0, 1, "
+            f"... in {file}, one a line (for 0/1 masks: background, object)"
         )
     if wrong:
         raise ValueError(
@@ -309,11 +329,5 @@ def check_values(root, masks, classes):
         )
     say(
         f"{root}: without a classes.txt, masks are read as ADE20K's: 0 is ignored and 1 to "
-        f"{ADE_CLASSES} are the classes (found: {shown(values)})"
+        f"{ADE_CLASSES} are the classes (found: {log.first_of(sorted(values), 8)})"
     )
-
-
-def shown(values):
-    """The first of some numbers, for a message."""
-    text = ", ".join(map(str, sorted(values)[:8]))
-    return text + (", ..." if len(values) > 8 else "")

@@ -5,6 +5,7 @@ The published archive has 9,469 photographs in `train` and 3,925 in `val`, short
 """
 
 import contextlib
+import functools
 import hashlib
 import re
 import shutil
@@ -99,11 +100,7 @@ def unpack(found, target):
     Only regular files in the published places are unpacked. Raises ValueError if the archive is
     not the published one.
     """
-
-    def check(path):
-        with open(path, "rb") as file:
-            downloads.check_digest(path, hashlib.file_digest(file, "md5").hexdigest(), MD5)
-
+    check = functools.partial(downloads.check_md5, published=MD5)
     with tarfile.open(downloads.fetch(f"{PUBLISHED}.tgz", URL, found, check)) as archive:
         for member in archive:
             if member.isfile() and MEMBERS.fullmatch(member.name):

@@ -54,9 +54,11 @@ class MaskedImages(views.Samples):
         """Raise Unreadable naming the mask if a value is neither a class nor IGNORE."""
         wrong = mask[(mask != sources.IGNORE) & (mask >= self.classes)]
         if len(wrong):
+            first = getattr(self.source, "first_class", 0)  # 1: as in ADE20K, where 0 is ignored
+            ignored = 0 if first else sources.IGNORE
             raise photos.Unreadable(
-                f"{name}: mask value {int(wrong[0])} is out of range for {self.classes} classes "
-                f"({sources.IGNORE}: ignored)"
+                f"{name}: mask value {int(wrong[0]) + first} is out of range for {self.classes} "
+                f"classes ({ignored}: ignored)"
             )
 
     def read_pair(self, indices):

@@ -69,8 +69,9 @@ def orientation(image):
 class Photo:
     """An image file. Making one reads only its header; Unreadable names a file that has none.
 
-    size: height and width in pixels, upright. depth: bits that 16-bit images of its set use; None
-    for an image by itself: 16, or those of its largest value if they are at most 12.
+    size: height and width in pixels, of a JPEG when upright, of the others as stored. depth: bits
+    that 16-bit images of its set use; None for an image by itself: 16, or those of its largest
+    value if they are at most 12.
     """
 
     def __init__(self, path, depth=None):
@@ -159,7 +160,8 @@ def read_mask(path):
             "palette image"
         )
     if values.max(initial=0) > 255 or values.min(initial=0) < 0:
-        raise Unreadable(f"{path}: mask value {values.max()} is out of range: at most 255")
+        found = f"{values.min()} to {values.max()}"
+        raise Unreadable(f"{path}: mask values are {found}: out of range, which is 0 to 255")
     return values.astype(np.uint8)
 
 
@@ -215,7 +217,7 @@ def survey(paths):
             continue
     depth = max(largest.bit_length(), 8) if deep else FULL_DEPTH
     texts = {
-        "turned": "turned upright by their EXIF orientation",
+        "turned": "JPEGs turned upright by their EXIF orientation",
         "large": "JPEGs of over a megapixel, decoded at 1/2, 1/4 or 1/8 where the view allows it "
         "(in full with masks)",
         "colour": "in colour with 16 bits, of which Pillow reads the upper 8",

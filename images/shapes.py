@@ -18,7 +18,7 @@ def shapes(split, data_dir=None):
     """
     count, key = SHAPES_COUNT[split], sources.SPLITS.index(split)
     uniforms = np.stack([np.random.default_rng((key, index)).random(40) for index in range(count)])
-    chunks = np.array_split(uniforms, max(1, count // 500))
+    chunks = np.array_split(uniforms, count // 500)
     parts = zip(*(draw_shapes(chunk, SHAPES_SIZE) for chunk in chunks))
     images, labels, masks = (np.concatenate(part) for part in parts)
     mask_classes = ["background", *SHAPE_CLASSES]

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from images import photos
+from plumbing import log
 
 IGNORE = 255  # mask value of pixels that count in neither the loss nor mIoU
 SPLITS = ("train", "val", "test")
@@ -169,7 +170,7 @@ def fingerprint(source):
     that is their names (with their folders' if there are several) and the sizes of SAMPLED images
     and masks; for arrays, their shape and SAMPLED images with masks.
     """
-    shown = [i * len(source) // SAMPLED for i in range(SAMPLED)] if len(source) else []
+    shown = [i * len(source) // SAMPLED for i in range(SAMPLED)]
     content = hashlib.blake2b(digest_size=8)
     if isinstance(source, Files):
         names = [path.parts[-2:] for path in source.paths]
@@ -203,11 +204,12 @@ def check_names(held_out, trained, source):
     if held_out != trained[: len(held_out)]:
         c, wrong = next((c, n) for c, n in enumerate(held_out) if trained[c : c + 1] != [n])
         if wrong not in trained:
-            known = ", ".join(map(repr, trained[:8])) + ", ..." * (len(trained) > 8)
+            known = log.first_of([*map(repr, trained)], 8)
             raise ValueError(
                 f"{source.name}: class {wrong!r} is not one of those trained on: {known}"
             )
-        lacks = "" if trained[c] in held_out else f": it has no {trained[c]!r}, add images of it"
+        missing = [name for name in trained[c : c + 1] if name not in held_out]
+        lacks = f": it has no {missing[0]!r}, add images of it" if missing else ""
         raise ValueError(
             f"{source.name}: class {wrong!r} has another number than in training{lacks}"
         )

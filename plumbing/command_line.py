@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from plumbing import checkpoints, memory, processes, signals
+from plumbing import checkpoints, memory, outputs, processes, signals
 
 COLUMNS = ("demo", "fashion", "photos", "base", "large")
 RECOMPUTE = (
@@ -217,7 +217,7 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     given = vars(parser.parse_args(argv, unset)).items()
     check_mode(parser, args, getattr(args, "eval", False))
     if args.image_size is None:
-        check_size(parser, args, recipes["data"])
+        check_size(parser, args)
     for name, row in recipes.items():
         if getattr(args, name) is None:
             if name == "image_size" and args.recipe in size_of_init and args.init != "random":
@@ -293,10 +293,10 @@ def remember_flags(parser, argv, size_of_init):
             action.required = False
 
 
-def check_size(parser, args, names):
+def check_size(parser, args):
     """Exit with status 2 if a small recipe's size would be used for somebody's own pictures."""
     small = args.recipe in ("demo", "fashion") and getattr(args, "init", None) in (None, "random")
-    own = args.data and args.data not in names  # a folder may have the name of a data set
+    own = args.data and args.data not in outputs.NAMED
     if small and own and (Path(args.data).is_dir() or Path(args.data).suffix == ".npz"):
         more = " and --token-size" if hasattr(args, "token_size") else ""
         parser.error(

@@ -22,6 +22,11 @@ def note(text):
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
+def first_of(values, most):
+    """'ant, bee, ...' of a list, for a message."""
+    return ", ".join(map(str, values[:most])) + ", ..." * (len(values) > most)
+
+
 def update(line):
     """Replace a terminal's updating line, cut to its width: one that wraps could not be cleared."""
     width = shutil.get_terminal_size().columns - 1

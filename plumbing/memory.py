@@ -16,7 +16,7 @@ from plumbing import outputs, processes
 
 HELP = (
     "raise --accumulate (more, smaller passes), add --recompute (not for the "
-    "tokenizer or a linear probe), or lower --batch-size"
+    "tokenizer, a linear probe or --eval), or lower --batch-size"
 )
 SIZES = ("image_size", "model", "decoder_dim", "vocab_size", "hidden", "blocks_per_group",
          "code_dim")  # fmt: skip

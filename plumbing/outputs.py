@@ -1,7 +1,7 @@
 """Files that the programs write: whole or not there at all, and never over somebody else's file.
 
-A file or folder is written under a temporary name in a hidden folder beside it, and gets its own
-name when it is complete.
+A file or folder is written under a temporary name beside it, and gets its own name when it is
+complete.
 """
 
 import contextlib
@@ -10,6 +10,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+
+
+# Values of --data that come before folders of the same name; images/sets.py opens them.
+NAMED = "shapes", "fashion-mnist", "fashion-scenes", "cifar10", "imagenette"
 
 
 def check_new(path, data=None, suffixes=()):
@@ -33,7 +37,8 @@ def check_new(path, data=None, suffixes=()):
 def check_outside(out, data):
     """Raise ValueError if `out` lies in the folder `data`: pictures there would be its images."""
     out, folder = Path(os.path.realpath(out)), Path(os.path.realpath(data or ""))
-    if data and folder.is_dir() and folder in (out, *out.parents):
+    is_folder = data and data not in NAMED and folder.is_dir()
+    if is_folder and folder in (out, *out.parents):
         raise ValueError(f"{out} lies inside the data {data}: choose a folder outside it")
 
 
@@ -114,7 +119,7 @@ def new(path):
 
 @contextlib.contextmanager
 def again(path):
-    """The same for a file that a run writes into its own folder again and again: see new."""
+    """Yields PATH.tmp to write a file of the run's own folder that it replaces again and again."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     with disk_errors(path):

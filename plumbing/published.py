@@ -123,8 +123,9 @@ def load_pretrained(path, *kinds, normalise="auto"):
     """Load a checkpoint of these scripts, or BEiT weights of the authors, timm or transformers.
 
     Returns a dict: kind (one of `kinds`), config (BeitConfig's fields), model (state dict under the
-    released names), normalise (pixel mean and std, "half" or "imagenet") and classes (their names).
-    The argument normalise replaces the file's own pixel mean and std unless it is "auto".
+    released names), normalise (pixel mean and std, "half" or "imagenet") and, but for a pre-training
+    checkpoint, classes (their names). The argument normalise replaces the file's own pixel mean and
+    std unless it is "auto".
 
     Published files hold a state dict, bare or under the key `model` or `module`. Their config is
     inferred from the tensors and classes is None. They do not say their normalise: "auto" takes
@@ -292,7 +293,7 @@ def main(argv=None):
     print("  ".join(f"{name} {value}" for name, value in found["config"].items()))
     print(f"normalise {found['normalise']}")
     if classes := found.get("classes"):
-        print(f"{len(classes)} classes: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}")
+        print(f"{len(classes)} classes: {log.first_of(classes, 5)}")
     if args.destination is None:
         return
     if layer := found.get("layer"):

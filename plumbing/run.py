@@ -255,7 +255,7 @@ class FiniteSteps:
                 good = f"; {self.out}/{checkpoints.CHECKPOINTS[0]} is the last good checkpoint"
             raise ValueError(
                 f"the gradient was not finite in {self.in_a_row} steps in a row, the last of them "
-                f"step {step} at learning rate {lr:.3g}: lower --lr{good}"
+                f"step {step + 1} at learning rate {lr:.3g}: lower --lr{good}"
             )
         return False
 

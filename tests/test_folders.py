@@ -62,11 +62,11 @@ def test_first_level_subfolders_are_classes(tmp_path, capsys):
     """All images in subfolders of the folder itself: classes, at any depth, in both splits."""
     touch(tmp_path, *numbered(60, "cat/{}.png"), *numbered(60, "dog/deep/{}.png"))
     (tmp_path / "empty").mkdir()
-    train, classes = opened(tmp_path, "train")
-    source = sets.open_source(str(tmp_path), "val")
-    assert classes == source.classes == ["cat", "dog"]
-    for path, label in zip(source.paths, source.labels):
-        assert path.relative_to(tmp_path).parts[0] == classes[label]
+    for split in ("train", "val"):
+        source = sets.open_source(str(tmp_path), split)
+        assert source.classes == ["cat", "dog"]
+        for path, label in zip(source.paths, source.labels, strict=True):
+            assert path.relative_to(tmp_path).parts[0] == source.classes[label]
     assert "120 images; class = subfolder, 2 of them: cat, dog" in capsys.readouterr().out
 
 
@@ -161,6 +161,20 @@ def test_other_names_of_splits_are_said(tmp_path):
         opened(tmp_path / "e", "train")
     touch(tmp_path / "c", *numbered(3, "valid/{}.jpg"), *numbered(3, "invalid/{}.jpg"))
     assert opened(tmp_path / "c", "train")[1] == ["invalid", "valid"]
+    touch(tmp_path / "f", "Training/cat/1.jpg", "Testing/cat/2.jpg")  # two of them are no classes
+    with pytest.raises(ValueError, match="f/Testing: rename it to test, the name of a split"):
+        opened(tmp_path / "f", "train")
+
+
+def test_what_lies_beside_the_splits_is_said(tmp_path, capsys):
+    """`train` may be a class beside `bus`: a line names what is left out, once."""
+    touch(tmp_path, *numbered(40, "train/{}.jpg"), "bus/1.jpg", "car/2.jpg", "a.JPG", "b.txt")
+    touch(tmp_path, "notes/c.txt", ".thumbnails/d.jpg")
+    (tmp_path / "empty").mkdir()
+    for split in ("train", "val"):
+        assert all(name.startswith("train/") for name in opened(tmp_path, split)[0])
+    line = f"{tmp_path}: only train are used: a.JPG, bus, car beside them are left out\n"
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -229,7 +243,7 @@ def test_exif_orientation_is_applied(pillow, tmp_path, capsys):
         pixels = sources.Files("one", [path]).read([0])[0].astype(int)
         assert pixels.shape == upright.shape and np.abs(pixels - upright).mean() < 3, path.name
     sets.open_source(str(tmp_path), "train")
-    assert "7 turned upright by their EXIF orientation" in capsys.readouterr().out
+    assert "7 JPEGs turned upright by their EXIF orientation" in capsys.readouterr().out
 
 
 def test_damage_after_the_first_frame_of_a_gif(pillow, tmp_path):
@@ -300,6 +314,18 @@ MASKS = {  # case: (values, classes.txt, what the line says)
     "name twice": ([0, 1], "cat\ncat\n", "class 'cat' is named twice"),
     "one name": ([0, 1], "object\n", "it names 1 classes; expected 2 to 255"),
 }
+
+
+@pytest.mark.parametrize("classes, value, ignored", [(None, 200, 0), ("one\ntwo\n", 7, 255)])
+def test_a_message_about_a_mask_names_its_own_value(classes, value, ignored, pillow, tmp_path):
+    """A late mask that was not looked at at the start; in ADE20K's convention 1 is subtracted."""
+    folder = masked_folder(pillow, tmp_path, [0, 1, 2] if classes is None else [0, 1], classes)
+    source = masked.checked(sets.open_source(folder, "train"))
+    late = {"0.png": np.full((8, 8), value, np.uint8)}
+    save_all(pillow, tmp_path / "annotations" / "training", late)
+    says = f"mask value {value} is out of range for .* classes .{ignored}: ignored"
+    with pytest.raises(photos.Unreadable, match=says):
+        source.read_pair([0])
 
 
 @pytest.mark.parametrize("case", MASKS)
@@ -478,6 +504,17 @@ def test_conversion_of_large_jpegs_is_that_of_their_pixels(large, tmp_path):
         made[suffix] = np.load(folder / "train_images.npy").astype(float)
     assert np.abs(made["jpg"] - made["png"]).mean() <= 2
     assert np.abs(made["jpg"][:, :, ::-1] - made["png"]).mean() > 10
+
+
+def test_conversion_keeps_names_of_classes_that_train_lacks(pillow, tmp_path):
+    """A stray picture leaves `train` without labels; val's classes keep their names."""
+    grey = np.full((8, 8), 90, np.uint8)
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog", "train"):
+        save_all(pillow, tmp_path / "pets" / name, {"a.png": grey})
+    convert.main([str(tmp_path / "pets"), str(tmp_path / "new"), "--size", "8"])
+    train, val = (sets.open_source(str(tmp_path / "new"), split) for split in ("train", "val"))
+    assert train.labels is None and len(train) == 3
+    assert val.classes == ["cat", "dog"] and val.labels.tolist() == [0, 1]
 
 
 def test_conversion_refuses_what_a_run_would(pillow, tmp_path):

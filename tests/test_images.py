@@ -311,6 +311,13 @@ def test_class_names_that_are_not_utf8(tmp_path, capsys):
     assert capsys.readouterr().out == "caf\\udce9\n"
 
 
+def test_a_class_name_twice_in_the_held_out_set():
+    """As arrays allow, beyond the classes trained on: one line."""
+    held_out = sources.Arrays("set val", np.zeros((1, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="set val: class 'b' has another number than in training"):
+        sources.check_names(["a", "b", "b"], ["a", "b"], held_out)
+
+
 def test_full_memory_is_not_blamed_on_the_file():
     """The error of numpy's allocator goes on as it is."""
     with pytest.raises(MemoryError), array_files.whole("a.npz"):

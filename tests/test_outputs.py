@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experiments import attention, report
+from images import sets
 from plumbing import outputs, pictures, published, weights
 
 
@@ -105,6 +106,15 @@ def test_nothing_is_written_inside_the_data(tmp_path, monkeypatch):
         outputs.check_outside(out, data)
     with pytest.raises(ValueError, match="lies inside the data photos"):
         outputs.check_new("photos/F.npz", "photos", (".npz",))
+    (tmp_path / "shapes").mkdir()  # which --data shapes does not mean
+    outputs.check_new("shapes/F.npz", "shapes", (".npz",))
+
+
+def test_named_sets_are_those_that_open():
+    """The names that come before folders, against the message that lists them."""
+    with pytest.raises(ValueError) as refused:
+        sets.open_source("nowhere", "train")
+    assert str(refused.value).endswith(f"not one of {', '.join(outputs.NAMED)}")
 
 
 def test_room_is_checked_before_the_work(tmp_path):

@@ -228,7 +228,7 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_end_the_run(tmp_path):
     """Nine are skipped; the tenth is an error that names the step and its learning rate."""
     finite = run.FiniteSteps(tmp_path, 0, 100)
     assert not any(finite.allow(math.inf, step, 0.1) for step in range(9))
-    message = r"10 steps in a row, the last of them step 9 at learning rate 0.1.*last good"
+    message = r"10 steps in a row, the last of them step 10 at learning rate 0.1.*last good"
     with pytest.raises(ValueError, match=message):
         finite.allow(math.nan, 9, 0.1)
 
