@@ -13,8 +13,8 @@ The picture has two rows for each image: the pre-trained model, and the same net
 weights. A row shows the image with the reference patches framed. Then it shows, for each reference
 patch, the mean over heads of softmax(q k^T / sqrt(D/heads)), with the relative bias if the model
 has one: brightest = most attended. Points are row,column in patches, from 0 at the top left. By
-default there are five across the image or, in a set with masks, two on the largest object and one
-on background.
+default there are five across the image or, in a set with masks, two on its commonest class and
+one on background.
 
 The paper claims that attention separates objects. --measure tests this on images with masks: how
 well does the attention from a patch on an object rank patches of the same class before all others
@@ -37,6 +37,7 @@ from plumbing import checkpoints, command_line, log, noise, outputs, pictures
 SHOWN = 4  # images in a picture for which none are named
 BATCH = 64  # most images at once
 BACKGROUND = 0  # its class number
+WITHOUT_NETWORK = "nearness", "pixels", "centre", "chance"  # rankings of `separation`
 WEIGHTS = 2**21  # most attention weights at once of a model, which bounds the memory
 
 # -------------------------------------------------------- images and masks as the model sees them
@@ -133,12 +134,12 @@ def filled_patches(shown, patch):
 def mask_points(mask, patch):
     """Three reference patches for an image with a mask (H, W): [(row, column)].
 
-    Two lie on the largest object, in reading order at a quarter and at three quarters of its
-    patches, and one on background, as far from the object as possible.
+    Two lie on the commonest class, which may be that of several objects, in reading order at a
+    quarter and at three quarters of its patches, and one on background, as far away as possible.
     """
     objects = mask[(mask != BACKGROUND) & (mask != sources.IGNORE)]
-    largest = objects.mode().values if len(objects) else BACKGROUND
-    inside, outside = (filled_patches(mask == c, patch) for c in (largest, BACKGROUND))
+    commonest = objects.mode().values if len(objects) else BACKGROUND
+    inside, outside = (filled_patches(mask == c, patch) for c in (commonest, BACKGROUND))
     farthest = torch.cdist(outside.float(), inside.float()).amin(1).argmax()
     chosen = inside[len(inside) // 4], inside[3 * len(inside) // 4], outside[farthest]
     return [tuple(point.tolist()) for point in chosen]
@@ -205,8 +206,7 @@ def expected_precision(relevant, n):
 
 def patch_classes(masks, patch):
     """The commonest class in each patch of `patch` pixels: (B, H, W) -> (B, N)."""
-    pixels = masks.unfold(1, patch, patch).unfold(2, patch, patch)  # (B, h, w, P, P)
-    return pixels.flatten(3).flatten(1, 2).mode(-1).values
+    return patches.to_patches(masks[:, None], patch).mode(-1).values
 
 
 def references(pixels, config):

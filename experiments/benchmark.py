@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -252,16 +253,18 @@ def side_by_side(steps, source, device, repeats, warm_up=2):
 
 
 def flop_of_step(config, images):
-    """Floating-point operations of a step without tokenizer, by the usual count.
+    """Floating-point operations of our step without tokenizer: 3 x 2 for each weight and token.
 
-    That is 3 x 2 for each weight and token. What block L leaves out is counted too, so that all
-    contestants are measured by the same work.
+    Not counted are what block L leaves out, its projection and MLP at rows without a prediction,
+    and the gradient of the pixels, which nobody needs.
     """
     tokens, D = config.grid**2 + 1, config.dim
     block = tokens * (4 + 2 * config.mlp_ratio) * D**2 + 2 * tokens**2 * D
     masked = round(MASKED * config.grid**2)
-    other = config.grid**2 * 3 * config.patch_size**2 * D + masked * D * VOCAB
-    return 6 * images * (config.depth * block + other)
+    left_out = (tokens - masked) * (1 + 2 * config.mlp_ratio) * D**2
+    patches = config.grid**2 * 3 * config.patch_size**2 * D
+    trained = config.depth * block - left_out + masked * D * VOCAB
+    return images * (6 * trained + 4 * patches)
 
 
 def title(comparison, device):
@@ -334,12 +337,7 @@ def only(name, config, images, device):
 
 def rate_of(call, count, repeats=5):
     """`count` over the seconds that call() takes, the median of `repeats` calls."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return count / statistics.median(seconds)
+    return count / statistics.median(timeit.repeat(call, number=1, repeat=repeats))
 
 
 def data_path():

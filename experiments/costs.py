@@ -37,9 +37,7 @@ PRIME = 31  # images in a counted batch: divides the size of every activation an
 
 def settings(stage, recipe):
     """The flags of a stage's script, from the recipe's column."""
-    column = command_line.COLUMNS.index(recipe)
-    values = {name: row[column] for name, row in STAGES[stage].RECIPES.items()}
-    return argparse.Namespace(**values, seed=0)
+    return argparse.Namespace(**command_line.column(STAGES[stage].RECIPES, recipe), seed=0)
 
 
 def tokenizer_of(recipe):

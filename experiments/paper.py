@@ -16,7 +16,7 @@ from typing import NamedTuple
 from experiments import attention, baselines, costs, features
 from experiments.tables import all_values, run_cell, save_results
 from images import sets
-from plumbing import log, outputs, pictures
+from plumbing import command_line, log, outputs, pictures
 
 # 75 of 14 x 14 patches masked in blocks of 16 or more, as in the paper. In all, 1.7 times as many
 # patches as in the `fashion` recipe.
@@ -24,13 +24,13 @@ GRID14 = ("--image-size", 56, "--token-size", 56, "--mask-ratio", 75 / 196, "--m
 GRID14 += ("--batch-size", 64, "--epochs", 12.5, "--warmup-epochs", 0.8)
 GRID14_SEGMENT = ("--image-size", 56, "--batch-size", 16)
 
-COLUMNS = ("demo", "fashion", "photos")
+COLUMNS = command_line.COLUMNS[:3]
 SCENES = "shapes", "fashion-scenes"  # named data sets with masks
 RECIPES = {
     # name: (demo, fashion, photos, help)
     "data": ("shapes", "fashion-mnist", "imagenette", "images for pre-training and classification"),
     "scenes": ("shapes", "fashion-scenes", None, "images with masks, for segmentation"),
-    "seeds": (3, 3, 3, "fine-tuning runs per row, each with its own labelled images"),
+    "seeds": (3, 3, 3, "fine-tuning runs per row; each draws its own images, if not all"),
     "labels": ((100,), (100, 10), (100,), "labels per class for fine-tuning the classifier"),
     "cls_epochs": ((15.0,), (10.0, 100.0), (20.0,), "epochs for each of `labels`"),
     "cls_batch": (40, 50, 50, "batch size of the classifier"),
@@ -73,7 +73,7 @@ def settings(recipe, seeds=None, scenes=None):
 
     seeds: fine-tuning runs per row, if not its own; scenes: images with masks, likewise.
     """
-    column = {name: row[COLUMNS.index(recipe)] for name, row in RECIPES.items()}
+    column = command_line.column(RECIPES, recipe)
     return column | ({"seeds": seeds} if seeds else {}) | ({"scenes": scenes} if scenes else {})
 
 
@@ -598,18 +598,21 @@ def figure2(runner):
     if runner.planning:
         return {}
     scenes = [sets.open_source(s["scenes"], split, runner.data_dir) for split in ("test", "val")]
-    values, notes = collections.defaultdict(list), collections.defaultdict(list)
+    cells, notes = {}, collections.defaultdict(list)
     for seed, checkpoint in enumerate(checkpoints):
         models, normalise = attention.load_models(checkpoint, seed)
         found = attention.measure(models, normalise, *scenes, s["reference_images"])
         for name, percent, note in found:
-            values[name].append(percent)
+            if name in attention.WITHOUT_NETWORK:
+                cells[name] = percent  # the same for all models
+            else:
+                cells.setdefault(name, {"values": [[]]})["values"][0].append(percent)
             notes[name] += [note] if note else []
     flags = ["--data", s["scenes"], "--split", "test", "--out", str(runner.out / "figure2.png")]
     flags += ["--data-dir", runner.data_dir] if runner.data_dir else []
     (runner.out / "figure2.png").unlink(missing_ok=True)  # of the run that this one resumes
     attention.main([checkpoints[0], *flags])
-    rows = [[name, {"values": [runs]}, "; ".join(notes[name])] for name, runs in values.items()]
+    rows = [[name, cell, "; ".join(notes[name])] for name, cell in cells.items()]
     columns = ["ranking of the other patches", "average precision, %", "best head of each run"]
     return {"title": "Figure 2: attention separates objects", "columns": columns, "rows": rows}
 

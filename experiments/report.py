@@ -110,9 +110,10 @@ def table_html(columns, rows):
 def results(saved):
     """The tables of results.json."""
     parts = [
-        "<p>All results are on test images. Of several learning rates, the one best on the "
-        "validation split, with a separate seed, is taken. Numbers with ± are mean and standard "
-        "deviation over all runs of a row; each fine-tuning seed has its own labelled images.</p>"
+        "<p>All results are on test images. Where a row has several learning rates, the one best "
+        "on the validation split, with a separate seed, is taken; rows compared with BEiT's own "
+        "pre-training take BEiT's. Numbers with ± are mean and standard deviation over all runs of "
+        "a row. Each fine-tuning seed draws its own labelled images, unless all are used.</p>"
     ]
     for name in (*paper.EXPERIMENTS, *CLAIM_TABLES):
         if name not in saved["tables"]:
@@ -366,10 +367,10 @@ def settings_of(script, recipe, stages):
     """Rows (name, values used, help) of a script's recipe and its other flags."""
     commands = [flags_of(s["command"]) for s in stages.values() if s["command"].startswith(script)]
     recipes = importlib.import_module(script.removesuffix(".py")).RECIPES
-    index, rows = command_line.COLUMNS.index(recipe), []
+    values, rows = command_line.column(recipes, recipe), []
     others = {name: "" for flags in commands for name in flags if name not in (*PATHS, "recipe")}
     for name in recipes | others:
-        default = recipes[name][index] if name in recipes else "default"
+        default = values.get(name, "default")
         used = {value_text(flags.get(name, default)) for flags in commands}
         text = recipes[name][-1] if name in recipes else "a flag, not part of the recipe"
         rows.append([name, ", ".join(sorted(used, key=sort_key)), text])

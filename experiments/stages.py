@@ -404,8 +404,7 @@ class Runner:
     def column(self, script):
         """A script's settings in the recipe: {name: value}."""
         recipes = importlib.import_module(script.removesuffix(".py")).RECIPES
-        index = command_line.COLUMNS.index(self.recipe)
-        return {name: row[index] for name, row in recipes.items()}
+        return command_line.column(recipes, self.recipe)
 
     def length(self, script, flags):
         """A stage's epochs as a share of the recipe's; of several --epochs the last counts."""

@@ -90,27 +90,30 @@ def verdict(table, column, winner, loser):
     """(verdict, numbers as text, difference) of two rows in a column; None if one has no results.
 
     "holds": the difference of the means exceeds twice the pooled standard deviation; "does not
-    hold": it is below minus that; "undecided": it is between, or a row has only one run.
+    hold": it is below minus that; "undecided": it is between, or a row has only one run. A row that
+    is a number has no runs: the deviation is then the other's.
     """
     cells = {row[0]: row[column] for row in table["rows"]}
     cells = [cells.get(name) for name in (winner, loser)]
     if None in cells:  # no masks, or an earlier version's table
         return None
-    if not all(isinstance(cell, dict) for cell in cells):
+    if not isinstance(cells[0], dict) or not isinstance(cells[1], (dict, float)):
         raise ValueError(f"{table['title']} in results.json has no runs of {winner} and {loser}")
-    a, b = map(all_values, cells)
-    difference = statistics.mean(a) - statistics.mean(b)
-    margin = 2 * pooled_deviation(a, b) if min(len(a), len(b)) > 1 else math.inf
+    runs = [all_values(cell) for cell in cells if isinstance(cell, dict)]
+    means = [statistics.mean(all_values(c)) if isinstance(c, dict) else c for c in cells]
+    difference = means[0] - means[1]
+    margin = 2 * pooled_deviation(*runs) if min(map(len, runs)) > 1 else math.inf
     found = "holds" if difference > 0 else "does not hold"
     if abs(difference) <= margin:
         found = "undecided"
-    return found, " against ".join(map(spread, cells)), difference
+    numbers = [spread(c) if isinstance(c, dict) else cell_text(c) for c in cells]
+    return found, " against ".join(numbers), difference
 
 
-def pooled_deviation(a, b):
-    """The pooled standard deviation of two lists of values, each of two or more."""
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in (a, b))
-    return math.sqrt(squares / (len(a) + len(b) - 2))
+def pooled_deviation(*runs):
+    """The pooled standard deviation of lists of values, each of two or more."""
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in runs)
+    return math.sqrt(squares / sum(len(values) - 1 for values in runs))
 
 
 def run_cell(found):

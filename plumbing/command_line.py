@@ -218,13 +218,14 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     check_mode(parser, args, getattr(args, "eval", False))
     if args.image_size is None:
         check_size(parser, args)
+    values = column(recipes, args.recipe)
     for name, row in recipes.items():
         if getattr(args, name) is None:
             if name == "image_size" and args.recipe in size_of_init and args.init != "random":
                 continue  # weights without arguments: their configuration has it
             if name == "normalise" and getattr(args, "init", None) not in (None, "random"):
                 continue  # that of the weights
-            setattr(args, name, row[COLUMNS.index(args.recipe)])
+            setattr(args, name, values[name])
         if getattr(args, name) is None:
             parser.error(f"recipe {args.recipe!r} needs {flag_of(name)}: {row[-1]}")
     check_values(parser, args)
@@ -235,6 +236,11 @@ def parse_recipe(parser, recipes, argv=None, size_of_init=()):
     if args.benchmark:
         args.save_every = args.log_every = sys.maxsize
     return args
+
+
+def column(recipes, recipe):
+    """{name: value} of one column of a recipe table."""
+    return {name: row[COLUMNS.index(recipe)] for name, row in recipes.items()}
 
 
 def flag_of(name):

@@ -123,7 +123,7 @@ def load_pretrained(path, *kinds, normalise="auto"):
     """Load a checkpoint of these scripts, or BEiT weights of the authors, timm or transformers.
 
     Returns a dict: kind (one of `kinds`), config (BeitConfig's fields), model (state dict under the
-    released names), normalise (pixel mean and std, "half" or "imagenet") and, but for a pre-training
+    released names), normalise (pixel mean and std, "half" or "imagenet") and, unless from a
     checkpoint, classes (their names). The argument normalise replaces the file's own pixel mean and
     std unless it is "auto".
 

@@ -307,7 +307,7 @@ def test_iou_of_each_class_is_in_the_log(made):
     assert finetune_seg.class_iou(matrix)[2].isnan()
 
 
-def test_a_run_is_not_resumed_on_other_data(arrays, made, tmp_path, monkeypatch):
+def test_a_run_is_not_resumed_on_other_data(arrays, made, tmp_path):
     """Images inverted or removed, labels permuted, classes renamed: the line names which."""
     content = dict(np.load(arrays))
     changes = {
@@ -491,7 +491,7 @@ EDITS = {  # what the line names: (the script, the place in its checkpoint, the 
 
 
 @pytest.mark.parametrize("message", EDITS)
-def test_a_checkpoint_that_no_script_wrote_is_refused_by_name(message, made, tmp_path, capsys):
+def test_a_checkpoint_that_no_script_wrote_is_refused_by_name(message, made, tmp_path):
     """One entry is changed, added or, with None, removed: --resume names it and changes nothing."""
     stage, place, value = EDITS[message]
     state = torch.load(made / stage / "checkpoint.pt", weights_only=True)

@@ -5,6 +5,7 @@ the fixture `wrong` makes, {made} the folder of the fixture `made`.
 """
 
 import argparse
+import bisect
 import math
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import finetune_seg
 import pretrain
 import train_tokenizer
 from experiments import short_runs
-from plumbing import command_line, memory, signals
+from plumbing import command_line, memory, outputs, signals
 
 DATA = {  # case: (script, flags, what the line must say)
     "missing path": ("cls", "--data nowhere", "nowhere: no such file or folder"),
@@ -337,18 +338,22 @@ def test_a_tokenizers_memory_is_never_overestimated(flags):
 def test_a_run_that_fits_exactly_is_not_refused(monkeypatch):
     """The bytes that the line asks for are enough, and one less is not."""
     args, config = parsed(pretrain, "--target", "pixels"), beit.model_config("tiny", image_size=24)
-    args.batch_size, found = 128, []
-    for there in range(0, 2**40, 2**20):
+    args.batch_size = 128
+
+    def refusal(there):
         monkeypatch.setattr(memory, "available", lambda device: there)
         try:
             memory.check(args, config)
         except ValueError as error:
-            found.append(str(error))
-        else:
-            break
-    assert 20 < len(found) < 1000 and "most is for the backward pass" in found[-1]
+            return str(error)
+        return ""
+
+    enough = bisect.bisect_left(range(2**40), True, key=lambda there: not refusal(there))
+    assert 20 * 2**20 < enough < 2**30 and not refusal(enough)
+    message = refusal(enough - 1)
+    assert outputs.in_words(enough) in message and "most is for the backward pass" in message
     for flag in ("--batch-size", "--accumulate", "--recompute", "--image-size", "--model"):
-        assert flag in found[-1]
+        assert flag in message
     args.accumulate, args.eval = 128, False
     memory.check(args, config)
 

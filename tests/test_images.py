@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import os
 import random
 import re
@@ -70,13 +71,29 @@ def test_both_views_show_the_same_crop():
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(arrays):
-    """A sample drawn in a batch of eight against the same one alone, and one epoch later."""
+    """A sample drawn in a batch of eight against the same one alone; others differ in one each."""
     source = sets.open_source(arrays, "train")
     crops = views.Crops(source, [(16, "bicubic")], True, 7, 0.3, True, 0.4)
     (together,) = crops[[(2, i) for i in range(8)]]
     (alone,) = crops[[(2, 5)]]
-    (later,) = crops[[(3, 5)]]
-    assert torch.equal(together[5:6], alone) and not torch.equal(alone, later)
+    assert torch.equal(together[5:6], alone)
+    seeds = views.Crops(source, [(16, "bicubic")], True, 8, 0.3, True, 0.4)
+    draws = [crops.draw((2, 5), 16, 16), crops.draw((3, 5), 16, 16), crops.draw((2, 6), 16, 16)]
+    assert len({str(draw) for draw in [*draws, seeds.draw((2, 5), 16, 16)]}) == 4
+
+
+def test_samples_with_masks_depend_on_seed_epoch_and_index_alone():
+    """One image twice: its crops differ with any of the three, and not otherwise."""
+    image = np.random.default_rng(0).integers(0, 256, (1, 40, 40), np.uint8).repeat(2, axis=0)
+    source = sources.Arrays("twice", image, masks=image // 64)
+    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
+    crops = []
+    for seed, *key in ((5, 2, 0), (5, 2, 0), (5, 3, 0), (5, 2, 1), (6, 2, 0)):
+        flags = ["--out", "unused", "--image-size", "16", "--seed", str(seed)]
+        args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+        crops.append(masked.MaskedImages(args, source, 4, "half", True)[[tuple(key)]][0])
+    assert torch.equal(crops[0], crops[1])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(crops[1:], 2))
 
 
 def test_segmentation_crops_keep_image_and_mask_together():
