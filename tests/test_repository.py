@@ -78,6 +78,13 @@ def test_files_functions_and_lines_are_short():
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.parts[0] == "docs"], ids=str)
+def test_lines_of_documents_are_short(path):
+    """At most 100 columns outside code and tables."""
+    prose = re.sub(r"```.*?```", "", read(path), flags=re.DOTALL).splitlines()
+    assert not [line for line in prose if len(line) > 100 and not line.startswith("|")]
+
+
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_training_loop_fits_on_a_screen(script):
     """The one `for ... in run.steps(...)` of each script has at most 25 lines."""
