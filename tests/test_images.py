@@ -70,6 +70,12 @@ def test_both_views_show_the_same_crop():
     assert (shrunk.flip(0) - small).abs().mean() > 25  # other images are far
 
 
+def segmenter_arguments(*flags):
+    """finetune_seg's arguments with these flags."""
+    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
+    return command_line.parse_recipe(parser, finetune_seg.RECIPES, ["--out", "unused", *flags])
+
+
 def test_samples_depend_on_seed_epoch_and_index_alone(arrays):
     """A sample drawn in a batch of eight against the same one alone; others differ in one each."""
     source = sets.open_source(arrays, "train")
@@ -86,11 +92,9 @@ def test_samples_with_masks_depend_on_seed_epoch_and_index_alone():
     """One image twice: its crops differ with any of the three, and not otherwise."""
     image = np.random.default_rng(0).integers(0, 256, (1, 40, 40), np.uint8).repeat(2, axis=0)
     source = sources.Arrays("twice", image, masks=image // 64)
-    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
     crops = []
     for seed, *key in ((5, 2, 0), (5, 2, 0), (5, 3, 0), (5, 2, 1), (6, 2, 0)):
-        flags = ["--out", "unused", "--image-size", "16", "--seed", str(seed)]
-        args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+        args = segmenter_arguments("--image-size", "16", "--seed", str(seed))
         crops.append(masked.MaskedImages(args, source, 4, "half", True)[[tuple(key)]][0])
     assert torch.equal(crops[0], crops[1])
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(crops[1:], 2))
@@ -100,9 +104,7 @@ def test_segmentation_crops_keep_image_and_mask_together():
     """Masks equal to the red channel stay equal to it after scaling by 1, crop and flip."""
     images = np.random.default_rng(0).integers(0, 4, (6, 20, 24, 3), np.uint8)
     source = sources.Arrays("six", images, masks=images[..., 0].copy())
-    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
-    flags = ["--out", "unused", "--image-size", "16"]
-    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    args = segmenter_arguments("--image-size", "16")
     keys = [(epoch, index) for epoch in range(5) for index in range(6)]
     crops, masks = masked.MaskedImages(args, source, 4, "half", True)[keys]
     assert crops.shape == (30, 3, 16, 16) and torch.equal(crops[:, 0], masks)
@@ -722,9 +724,7 @@ def test_bad_mask_is_skipped_counted_and_named(mask, tmp_path, capsys):
     bad = {"colour": np.zeros((8, 8, 3)), "size": np.zeros((8, 9)), "range": np.full((8, 8), 7)}
     bad = image.fromarray(bad[mask].astype(np.uint8))
     bad.save(tmp_path / "annotations" / "training" / "a.png")
-    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
-    flags = ["--out", "unused", "--image-size", "8"]
-    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    args = segmenter_arguments("--image-size", "8")
     files = [tmp_path / "images" / "training" / f"{name}.png" for name in "ab"]
     masks = [tmp_path / "annotations" / "training" / f"{name}.png" for name in "ab"]
     source = sources.Files("two", files, masks=masks, mask_classes=["ground", "object"])
@@ -742,9 +742,7 @@ def test_held_out_masks_may_lack_the_last_class(tmp_path):
     """The held-out set has the training set's names, so that its IoU is reported if predicted."""
     images, masks = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8)
     np.savez(tmp_path / "two.npz", val_images=images, val_masks=masks)
-    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
-    flags = ["--out", "unused", "--image-size", "8", "--data", str(tmp_path / "two.npz")]
-    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    args = segmenter_arguments("--image-size", "8", "--data", str(tmp_path / "two.npz"))
     held_out = masked.open_held_out(args, "half", ["0", "1"])
     assert held_out.source.mask_classes == ["0", "1"]
 
@@ -753,9 +751,7 @@ def test_bad_mask_of_an_array_is_skipped_counted_and_named(capsys):
     """A wrong mask that the look at some of the masks misses; one that it sees is refused."""
     masks = np.zeros((200, 8, 8), np.uint8)
     masks[1] = 7
-    parser = command_line.recipe_parser("", finetune_seg.RECIPES)
-    flags = ["--out", "unused", "--image-size", "8"]
-    args = command_line.parse_recipe(parser, finetune_seg.RECIPES, flags)
+    args = segmenter_arguments("--image-size", "8")
     source = sources.Arrays("many", np.zeros((200, 8, 8), np.uint8), masks=masks)
     train = masked.MaskedImages(args, source, 2, "half", True)
     _, found = train[[(0, 1)]]
