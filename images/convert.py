@@ -134,10 +134,19 @@ def open_splits(args):
             found[split] = sets.open_source(args.source, split, args.data_dir)
         except sources.NoSplit:
             print(f"{split}: not in {args.source}")
-    first, *others = [s for s in found.values() if s.labels is not None] or [None]
-    for source in others:
-        sources.check_names(source.classes, first.classes, source)
     return found
+
+
+def names_of(found, kind):
+    """The names `classes` or `mask_classes` of all splits: those of `train`, or else the longest.
+
+    Raises ValueError if a split numbers them in another way.
+    """
+    names = {split: getattr(source, kind) for split, source in found.items()}
+    longest = names["train"] or max(names.values(), key=len)
+    for split, source in found.items():
+        sources.check_names(names[split], longest, source)
+    return longest
 
 
 @contextlib.contextmanager
@@ -169,6 +178,7 @@ def main(argv=None):
     with parents_of(destination):
         outputs.check_new(destination, args.source)
         found = open_splits(args)
+        names = {kind: names_of(found, kind) for kind in ("classes", "mask_classes")}
         shapes = [split_shapes(source, args.size) for source in found.values()]
         needed = sum(math.prod(shape) for split in shapes for shape in split.values())
         # An archive is made from the .npy files, beside them.
@@ -176,9 +186,8 @@ def main(argv=None):
         with outputs.new(destination) as result:
             folder = result.with_name("arrays") if is_archive else result
             folder.mkdir()
-            for name in ("classes", "mask_classes"):
-                names = (getattr(source, name) for source in found.values())
-                np.save(folder / f"{name}.npy", np.array(next(filter(None, names), []), dtype=str))
+            for kind, values in names.items():
+                np.save(folder / f"{kind}.npy", np.array(values, dtype=str))
             for split, source in found.items():
                 convert_split(source, args.size, split, folder)
             if is_archive:

@@ -88,7 +88,7 @@ def open_split(root, split, names, make):
             given[part] = root / name
     check_split_names(root, {name for part in names for name in names[part]}, given)
     if given:
-        say_left_out(root, given.values())
+        say_left_out(root, tuple(given.values()))
     if split in given and (split != "train" or "val" in given):
         return make(given[split], given.get("train", given[split]))
     if split == "test":
@@ -127,17 +127,24 @@ def check_split_names(root, names, given):
             raise ValueError(f"{path}: {text} {part}, the name of a split")
 
 
+@functools.cache  # once for all splits
 def say_left_out(root, pools):
     """Say which images below `root` are in none of the folders of its splits."""
-    left = [
-        path.name
-        for path in sorted(root.iterdir())
-        if path not in pools and not path.name.startswith(".")
-        and (path.is_dir() and any(image_files(path)) or path.suffix.lower() in SUFFIXES)
-    ]  # fmt: skip
+    others = [path for path in sorted(root.iterdir()) if path not in pools]
+    left = [path.name for path in others if path.name[0] != "." and has_images(path)]
     if left:
         used = ", ".join(path.name for path in pools)
         say(f"{root}: only {used} are used: {log.first_of(left, 5)} beside them are left out")
+
+
+def has_images(path):
+    """Is it an image file, or a folder with one? One that cannot be read counts as without."""
+    if not path.is_dir():
+        return path.suffix.lower() in SUFFIXES
+    try:
+        return any(image_files(path))
+    except OSError:
+        return False
 
 
 def held_out_by_hash(paths, pool):

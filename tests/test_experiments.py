@@ -353,10 +353,7 @@ def no_processes(monkeypatch):
 
 
 def check_stages(ran):
-    """Results are of test images, and learning rates are searched on others.
-
-    Rows of one comparison have one rate, labels are as many as the stage's name says.
-    """
+    """Results are of test images, and rates are searched on others; labels are as many as named."""
     for name, script, flags in ran:
         assert ("--eval-split" in flags) != name.startswith("search-"), name
         assert flags.get("--eval-split", "test") == "test"
@@ -559,7 +556,7 @@ def test_neighbours_are_of_the_last_layer_on_test_images(made, arrays, tmp_path)
     """paper.knn() against `features` on the splits train and test; then it is read, not made."""
     content = {name: values for name, values in np.load(arrays).items()}
     content |= {f"test_{part}": content[f"val_{part}"][::-1] for part in ("images", "labels")}
-    content["val_labels"] = 1 - content["val_labels"]
+    content["val_labels"] = 3 - content["val_labels"]
     np.savez(tmp_path / "set.npz", **content)
     shutil.copy(made / "beit" / "checkpoint.pt", tmp_path)
     settings = {"data": str(tmp_path / "set.npz")}
@@ -568,7 +565,7 @@ def test_neighbours_are_of_the_last_layer_on_test_images(made, arrays, tmp_path)
     model, _, normalise = features.load_model(record["checkpoint"], "auto")
     parts = {s: sets.open_source(settings["data"], s) for s in ("train", "test")}
     layers = features.knn_accuracies(model, normalise, parts)
-    assert paper.knn(runner, record) == layers[-1]
+    assert paper.knn(runner, record) == layers[-1] != layers[0]
     (tmp_path / "set.npz").unlink()
     assert paper.knn(runner, record) == layers[-1]
 
