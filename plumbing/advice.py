@@ -1,6 +1,6 @@
 """What an evaluation's numbers say about a run that goes wrong: a sentence each, or None."""
 
-SEE = "README, Is my run all right?"
+SEE = "docs/your-pictures.md, Is my run all right?"
 
 
 def codebook(values):
