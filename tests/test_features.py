@@ -303,6 +303,15 @@ def test_features_that_are_not_finite_are_refused(checkpoint, arrays, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_room_for_the_features_is_checked_first(checkpoint, arrays, tmp_path, monkeypatch):
+    """Four bytes for each of D values of each layer and image."""
+    asked = []
+    monkeypatch.setattr(features.outputs, "check_room", lambda out, needed: asked.append(needed))
+    flags = ["--data", arrays, "--split", "train", "--out", str(tmp_path / "F.npz")]
+    features.main([checkpoint, *flags, "--device", "cpu"])
+    assert asked == [np.load(tmp_path / "F.npz")["features"].nbytes]
+
+
 def test_a_full_disk_leaves_nothing(checkpoint, arrays, tmp_path, monkeypatch):
     """Writing fails half way: neither F.npz nor the temporary file is there afterwards."""
 

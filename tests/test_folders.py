@@ -110,6 +110,7 @@ def test_held_out_images_depend_on_their_paths_alone(tmp_path):
     assert train < more_train and val < more_val
     touch(tmp_path / "other", *numbered(1000, "train/{}.jpg"))
     assert {f"train/{name}" for name in val} == set(opened(tmp_path / "other", "val")[0])
+    assert {f"train/{name}" for name in train} == set(opened(tmp_path / "other", "train")[0])
 
 
 def test_small_folder_holds_out_one(tmp_path):
@@ -339,6 +340,22 @@ def test_masks_that_are_misread_are_refused(case, pillow, tmp_path):
     with pytest.raises(ValueError) as refused:
         sets.open_source(folder, "train").check()
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("values", [[0, 300], [-1, 3]])
+def test_mask_values_that_do_not_fit_a_byte_are_refused(values, pillow, tmp_path):
+    """Of 16 and 32 bits: they would wrap round to classes. The line has the range found."""
+    depth = np.uint16 if min(values) == 0 else np.int32
+    pillow.fromarray(np.resize(np.array(values, depth), (4, 4))).save(tmp_path / "a.tif")
+    with pytest.raises(photos.Unreadable, match=f"mask values are {values[0]} to {values[1]}: out"):
+        photos.read_mask(tmp_path / "a.tif")
+
+
+def test_an_image_without_a_mask_is_named(tmp_path):
+    """Before anything is read."""
+    touch(tmp_path, "images/a/1.jpg", "images/a/2.jpg", "annotations/a/1.png")
+    with pytest.raises(ValueError, match="annotations/a/2.png is missing: every image needs"):
+        sets.open_source(str(tmp_path), "train")
 
 
 def test_masks_of_0_and_255_in_arrays_are_refused():
