@@ -308,7 +308,7 @@ def test_room_for_the_features_is_checked_first(checkpoint, arrays, tmp_path, mo
     asked = []
     monkeypatch.setattr(features.outputs, "check_room", lambda out, needed: asked.append(needed))
     flags = ["--data", arrays, "--split", "train", "--out", str(tmp_path / "F.npz")]
-    features.main([checkpoint, *flags, "--device", "cpu"])
+    features.main([str(checkpoint), *flags, "--device", "cpu"])
     assert asked == [np.load(tmp_path / "F.npz")["features"].nbytes]
 
 
