@@ -143,10 +143,10 @@ def names_of(found, kind):
     Raises ValueError if a split numbers them in another way.
     """
     names = {split: getattr(source, kind) for split, source in found.items()}
-    longest = names["train"] or max(names.values(), key=len)
+    chosen = names["train"] or max(names.values(), key=len)
     for split, source in found.items():
-        sources.check_names(names[split], longest, source)
-    return longest
+        sources.check_names(names[split], chosen, source)
+    return chosen
 
 
 @contextlib.contextmanager

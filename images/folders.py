@@ -134,7 +134,7 @@ def say_left_out(root, pools):
     left = [path.name for path in others if path.name[0] != "." and has_images(path)]
     if left:
         used = ", ".join(path.name for path in pools)
-        say(f"{root}: only {used} are used: {log.first_of(left, 5)} beside them are left out")
+        say(f"{root}: the images used are in {used}; left out: {log.first_of(left, 5)}")
 
 
 def has_images(path):
