@@ -54,7 +54,7 @@ RECIPES = {
     # table 4's rows about masking and targets at several budgets
     "budgets": (None, (1, 2, 4, 8), (1 / 8, 1 / 4, 1 / 2, 1, 2), "factors on pretrain.py's epochs"),
     "budget_seeds": (None, 2, 2, "pre-training runs of BEiT, random, no masking, at `seeds_at`"),
-    "seeds_at": (None, 8, 1, "the factor with several pre-training runs"),
+    "seeds_at": (None, (8,), (1, 2), "the factors with several pre-training runs"),
     "masks_budget": (None, None, 1 / 4, "factor on pretrain.py's epochs for other masks"),
     # other tokenizers, which the paper does not compare
     "vocabularies": (None, None, (256, 2048), "other sizes of the vocabulary"),
@@ -480,7 +480,7 @@ def budget_calls(runner, tokenizer, factor):
     s, calls = runner.settings, {}
     flags = longer_flags(runner.recipe, factor) if factor != 1 else ()  # 1: the summary's runs
     for row in BUDGET_ROWS:
-        several = row in SEVERAL and factor == s["seeds_at"]
+        several = row in SEVERAL and factor in s["seeds_at"]
         source = None if "visual tokens" in row else tokenizer
         name = row if factor == 1 else f"{row} x{factor:g}"
         for seed in range(s["budget_seeds"] if several else 1):
